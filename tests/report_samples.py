@@ -1,0 +1,260 @@
+"""Synthetic reports that look like real ones: a Llama-like model of 30 layers, its variants, and hostile names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from vrscope.tables import Column, Report
+
+LINEARS = {
+    "self_attn.q_proj": (576, 576, 0.116, 0.22),
+    "self_attn.k_proj": (192, 576, 0.131, 0.2),
+    "self_attn.v_proj": (192, 576, 0.074, -0.12),
+    "self_attn.o_proj": (576, 576, 0.077, -0.05),
+    "mlp.gate_proj": (1536, 576, 0.105, 0.08),
+    "mlp.up_proj": (1536, 576, 0.093, 0.05),
+    "mlp.down_proj": (576, 1536, 0.088, 0.06),
+}
+NORMS = {"input_layernorm": 0.45, "post_attention_layernorm": 0.61}
+FORMATS = {
+    "int8": (0.0041, 0.9912, 44.1),
+    "nf4": (0.2540, 0.7421, 20.6),
+    "nf4-dq": (0.2583, 0.7402, 20.5),
+    "fp4": (0.4630, 0.6648, 18.4),
+    "int4-g64": (0.2756, 0.7355, 19.8),
+    "int8-row": (0.0027, 0.9931, 38.2),
+}
+MOVED = {"nf4": 0.94, "nf4-dq": 0.93, "fp4": 0.97, "int4-g64": 0.96}
+HOSTILE = '<script>alert(1)</script>"\'&--><img src=x onerror=alert(2)>]]>😀${7*7}{{7*7}}\u202e\u2028$\\frac$\x00\x1b'
+
+MEANINGS = {
+    "std": ("", "Population standard deviation of the weights."),
+    "kurtosis_excess": ("", "Fourth standardized moment minus 3; a normal distribution has 0."),
+    "size_bytes": ("bytes", "Bytes the tensor takes on disk."),
+    "outlier_share_6sigma": ("share", "Share of weights further than 6 std from the mean."),
+    "tvr_ratio": ("", "Standard deviation over the TVR target."),
+    "kl": ("nats", "Mean over tokens of KL(original || this), natural logarithm."),
+    "perplexity_ratio": ("factor", "Perplexity over that of the unquantized original."),
+    "exponent_p": ("", "p in std ~ layer^-p, layers counted from 1."),
+}
+STATS = (
+    "count size_bytes mean std variance skewness kurtosis_excess absmax abs_q50 abs_q99 abs_q999 abs_q9999 "
+    "outlier_share_4sigma outlier_share_6sigma zero_share nan_count inf_count row_absmax_spread column_absmax_spread "
+    "frobenius_norm tvr_ratio"
+).split()
+
+
+def tensor_row(name: str, role: str, layer: int | None, kind: str, shape: tuple[int, ...], std: float) -> dict:
+    rng = np.random.default_rng(abs(hash_of(name)))
+    count = math.prod(shape)
+    heavy = float(rng.lognormal(0.2, 1.1)) * (8 if "down" in role and layer == 29 else 1) - 0.4
+    absmax = std * (5 + 2.5 * math.log1p(max(heavy, 0)) + rng.random())
+    row = {
+        "tensor": name, "role": role, "layer": layer, "kind": kind, "dtype": "BF16", "shape": "x".join(map(str, shape)),
+        "count": count, "size_bytes": 2 * count, "mean": float(rng.normal(0, std / 200)), "std": std,
+        "variance": std**2, "skewness": float(rng.normal(0, 0.05)), "kurtosis_excess": heavy, "absmax": absmax,
+        "abs_q50": 0.66 * std, "abs_q99": 2.7 * std, "abs_q999": 3.9 * std, "abs_q9999": 5.2 * std,
+        "outlier_share_4sigma": 1e-4 * (1 + max(heavy, 0)),
+        "outlier_share_6sigma": 0.0 if heavy < 0.3 else 2e-6 * heavy**2,
+        "zero_share": 0.0, "nan_count": 0, "inf_count": 0, "row_absmax_spread": float(rng.uniform(1.5, 6)),
+        "column_absmax_spread": float(rng.uniform(1.5, 9)), "frobenius_norm": std * math.sqrt(count),
+        "tvr_ratio": std / 0.01,
+    }  # fmt: skip
+    return row
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode("utf-8", "surrogatepass")[-7:], "little")
+
+
+def tensors(layers: int = 30) -> pd.DataFrame:
+    rows = [tensor_row("model.embed_tokens.weight", "embed_tokens", None, "embed", (49152, 576), 0.131)]
+    rng = np.random.default_rng(5)
+    for layer in range(layers):
+        for role, (out, into, sigma, p) in LINEARS.items():
+            std = sigma * (layer + 1) ** -p * float(rng.lognormal(0, 0.06))
+            rows.append(
+                tensor_row(f"model.layers.{layer}.{role}.weight", role, layer, "linear", (out, into), std)
+            )
+        for role, sigma in NORMS.items():
+            std = sigma * (layer + 1) ** -0.3 * float(rng.lognormal(0, 0.1))
+            rows.append(tensor_row(f"model.layers.{layer}.{role}.weight", role, layer, "norm", (576,), std))
+    rows.append(tensor_row("model.norm.weight", "norm", None, "norm", (576,), 1.9))
+    frame = pd.DataFrame(rows)
+    frame["layer"] = frame["layer"].astype("Int64")
+    return frame
+
+
+def damage(*, after: bool = True, raw: bool = False) -> pd.DataFrame:
+    rows = []
+    for place, key in enumerate(["original", "rescaled"] if after else ["original"]):
+        for name, (kl, top1, _) in {"none": (0.0, 1.0, 0), **FORMATS}.items():
+            factor = MOVED.get(name, 1.0) if place else 1.0
+            value, ratio = kl * factor, math.exp(kl * factor * 0.9)
+            if raw and place:
+                value, ratio = 19.7 + kl, 4.1e35
+            rows.append({
+                "checkpoint": key, "format": name, "tokens": 2048, "windows": 4, "kl": value,
+                "kl_sem": 0.02 * value, "kl_p50": 0.4 * value, "kl_p90": 2.3 * value, "kl_p99": 5 * value,
+                "kl_max": 20 * value, "top1": top1, "top1_sem": 0.009 if kl else 0.0, "perplexity": 24.1 * ratio,
+                "perplexity_sem": 0.9 * ratio, "perplexity_ratio": ratio, "perplexity_ratio_sem": 0.01 * (ratio - 1),
+                "relative_error": None, "relative_error_sem": None, "cosine": None, "cosine_sem": None,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def weight_error(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    linears = frame[frame["kind"] == "linear"]
+    for key in ("original", "rescaled"):
+        for record in linears.itertuples():
+            for name, (_, _, db) in FORMATS.items():
+                drop = 0.4 * math.log1p(max(record.kurtosis_excess, 0))
+                gain = 0.6 if key == "rescaled" and name in MOVED and "down" in record.role else 0.0
+                sqnr = db - drop + gain
+                rows.append({
+                    "checkpoint": key, "tensor": record.tensor, "role": record.role, "layer": record.layer,
+                    "format": name, "sqnr_db": sqnr, "relative_error": 10 ** (-sqnr / 20), "max_error": 0.01,
+                })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def depth_law() -> pd.DataFrame:
+    rows = [
+        {"role": role, "layers": 30, "exponent_p": p + 0.01, "exponent_sem": 0.013, "sigma_1": sigma, "r_squared": 0.8}
+        for role, (_, _, sigma, p) in LINEARS.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def histograms(frame: pd.DataFrame, count: int = 8) -> pd.DataFrame:
+    worst = frame.sort_values("kurtosis_excess", ascending=False).head(count)
+    rows = []
+    for record in worst.itertuples():
+        reach = record.absmax / record.std
+        edges = np.linspace(-reach, reach, 81)
+        rng = np.random.default_rng(3)
+        values = rng.standard_t(4, size=60_000) / math.sqrt(2)
+        counts = np.histogram(np.clip(values, -reach, reach), edges)[0] * max(1, record.count // 60_000)
+        rows.append({"tensor": record.tensor, "edges": edges.tolist(), "counts": counts.tolist()})
+    return pd.DataFrame(rows)
+
+
+def spaces(layers: int = 30) -> pd.DataFrame:
+    rows = []
+    for layer in range(layers):
+        for rule, size, changed in (("v.o", 192, True), ("up.down", 1536, True), ("q.k", 288, False)):
+            rows.append({
+                "space": f"layers.{layer}.{rule}", "rule": rule, "layer": layer, "size": size, "changed": changed,
+                "exponent_min": -2 if changed else 0, "exponent_max": 1 + layer % 3 if changed else 0,
+                "exponent_mean_abs": 0.4 if changed else 0.0, "imbalance_before": 1.6, "imbalance_after": 1.1,
+                "note": "" if changed else "already balanced to the nearest power of two",
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def unreachable() -> pd.DataFrame:
+    why = "the residual stream is read by a norm and by the next layer: one factor would have to be the same everywhere"
+    rows = [{"space": f"layers.{layer}.residual", "reason": why} for layer in range(30)]
+    return pd.DataFrame([*rows, {"space": "logits", "reason": "the output of the model"}])
+
+
+def reach() -> pd.DataFrame:
+    blind = "Its scale is constant along the input of one row, and the plan's factors are constant there as well."
+    sees = "Column factors of o_proj and down_proj differ inside one scale block."
+    return pd.DataFrame([
+        {
+            "format": name, "can_change": name in MOVED, "tensors_changed": 60 if name in MOVED else 0,
+            "tensors_total": 210, "reason": sees if name in MOVED else blind,
+        }
+        for name in FORMATS
+    ])  # fmt: skip
+
+
+def proof() -> pd.DataFrame:
+    return pd.DataFrame([
+        {"check": "every tensor is the original times the recorded powers of two", "result": "passed", "detail": "272 of 272"},
+        {"check": "the exponents obey the declared spaces", "result": "passed", "detail": "90 spaces"},
+        {"check": "logits in float32, bit for bit", "result": "passed", "detail": "2,048 tokens, largest difference 0"},
+    ])  # fmt: skip
+
+
+def columns(tables: dict[str, pd.DataFrame]) -> dict[str, tuple[Column, ...]]:
+    return {
+        table: tuple(Column(str(c), *MEANINGS.get(str(c), ("", f"What {c} means."))) for c in frame.columns)
+        for table, frame in tables.items()
+    }
+
+
+def run_report() -> Report:
+    """The main job on a Llama-like model of 30 layers: everything a page can show."""
+    stats = tensors()
+    tables = {
+        "damage": damage(), "weight_error": weight_error(stats), "tensors": stats, "depth_law": depth_law(),
+        "histograms": histograms(stats), "spaces": spaces(), "unreachable": unreachable(), "reach": reach(),
+        "proof": proof(),
+    }  # fmt: skip
+    verdict = (
+        {"level": "good", "text": "The rescaled checkpoint is the same function, and NF4 costs 6 % less: "
+         "mean KL 0.2388 instead of 0.2540 nats per token (standard error 0.005)."},
+        {"level": "note", "text": "int8 and int8-row keep exactly the damage they had; this plan cannot reach them."},
+        {"level": "bad", "text": "fp4 stays costly: top-1 agreement 66.5 % before and after."},
+    )  # fmt: skip
+    provenance = {
+        "model": "HuggingFaceTB/SmolLM2-135M", "family": "llama", "vrscope": "0.1.0",
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2"},
+        "settings": {"method": "wisca", "granularity": "channel", "norm": "frobenius", "scales": "pow2",
+                     "formats": list(FORMATS)},
+        "text": "sample.txt (shipped)", "tokens": 2048, "window": 512, "machine": "x86_64 Linux", "cores": 2,
+        "device": "cpu", "dtype": "float32", "date": "2025-11-21T10:00:00+00:00", "seconds": 174.2,
+        "equivalent": "bit-equal", "command": "vrscope run HuggingFaceTB/SmolLM2-135M -o out",
+    }  # fmt: skip
+    return Report("run", provenance, verdict, tables, columns(tables))
+
+
+def raw_report() -> Report:
+    """Raw TVR: the rescaled checkpoint is a different function and worthless at it."""
+    report = run_report()
+    settings = {"method": "tvr", "raw": True, "scales": "free"}
+    known = dict(report.provenance) | {"equivalent": "not equivalent", "settings": settings}
+    verdict = ({"level": "bad", "text": "The result is NOT EQUIVALENT: mean KL 19.7 nats per token unquantized."},)
+    return replace(report, provenance=known, verdict=verdict, tables=dict(report.tables) | {"damage": damage(raw=True)})
+
+
+def encoder_report() -> Report:
+    """An encoder without a causal head: relative error and cosine instead of KL."""
+    report = run_report()
+    frame = report.tables["damage"].copy()
+    frame["relative_error"], frame["relative_error_sem"] = 0.2 * frame["kl"], 0.004 * frame["kl"]
+    frame["cosine"], frame["cosine_sem"] = 1 - 0.02 * frame["kl"], 0.001 * frame["kl"]
+    for name in ("kl", "top1", "perplexity"):
+        for column in [c for c in frame.columns if c.startswith(name)]:
+            frame[column] = np.nan
+    return replace(report, tables=dict(report.tables) | {"damage": frame})
+
+
+def hostile_report() -> Report:
+    """Names that try to be markup, script, template, mathtext and control characters, everywhere a name can stand."""
+    report = run_report()
+    long = "x" * 500
+    names = {"format": f"f4 {HOSTILE}", "tensor": HOSTILE, "role": HOSTILE, "space": HOSTILE, "checkpoint": HOSTILE}
+    tables = {}
+    for key, frame in report.tables.items():
+        frame = frame.head(40).copy()
+        for column, text in names.items():
+            if column in frame.columns:
+                frame[column] = [f"{k % 3}{text}" if column != "tensor" else f"{k}{text}" for k in range(len(frame))]
+        for column in ("reason", "note", "detail", "check", "kind", "rule", "shape", "dtype"):
+            if column in frame.columns:
+                frame[column] = HOSTILE if column != "kind" else frame[column]
+        if "tensor" in frame.columns:
+            frame.loc[frame.index[0], "tensor"] = long
+        tables[key] = frame
+    known = {f"{key}": HOSTILE for key in report.provenance} | {HOSTILE: {HOSTILE: HOSTILE}, "lone": "\ud800"}
+    verdict = ({"level": HOSTILE, "text": HOSTILE},)
+    described = {t: tuple(Column(str(c), HOSTILE, HOSTILE) for c in f.columns) for t, f in tables.items()}
+    return Report(HOSTILE, known, verdict, tables, described)

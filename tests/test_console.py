@@ -1,0 +1,58 @@
+"""The terminal: escaping, tables that are not cut in a pipe, progress that stays out of the way."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from vrscope import console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_text_stays_on_one_line_whatever_it_holds() -> None:
+    nasty = "a\nb\x1b[31m\u202e\udc80é"
+    assert console.escape(nasty) == "a\\nb\\x1b[31m\\u202e\\udc80é"
+
+
+def test_a_complaint_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    console.complain("two\nlines")
+    assert capsys.readouterr() == ("", "vrscope: two\\nlines\n")
+
+
+def test_a_table_in_a_pipe_is_neither_cut_nor_coloured_nor_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model.layers.0.mlp." + "x" * 100 + "[bold]"
+    console.print_table("Title", ("tensor", "std"), [(name, "0.5"), ("b\x1b", "1.5")], right=("std",))
+    text = capsys.readouterr().out
+    assert name in text
+    assert "\x1b" not in text and "b\\x1b" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_progress_is_silent_if_quiet_or_soon_over_and_sparse_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    for quiet, seconds, lines in ((True, 100.0, 0), (False, 0.01, 0), (False, 1.0, 6)):
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        with console.progress_display(quiet) as progress:
+            for done in range(101):
+                now[0] += seconds
+                progress("read\nweights", done, 100, "bytes")
+        assert stream.getvalue().count("\n") == lines
+        assert stream.getvalue().count("vrscope: read\\nweights ") == lines
+
+
+def test_progress_on_a_terminal_is_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress_display(False) as progress:
+        progress("first", 1, 2, "bytes")
+        progress("second", 2, 2, "tokens")
+    assert "first" in stream.getvalue() and "second" in stream.getvalue()

@@ -1,0 +1,324 @@
+"""The declaration of an architecture: one line per tensor saying what it reads and writes, one per operation.
+
+`families.toml` holds the declarations; this module reads them strictly (an unknown key is an error) and knows nothing
+of any family or checkpoint. A tensor line is `stem = "reads -> writes"`; the stem of an optional tensor ends in `?`.
+Before the arrow stands nothing (a matrix), `embed`, `norm[axes]` or `conv`; the word `fixed` alone means that no scale
+ever touches the tensor. Operations without weights are `dot`, `pass`, `gated`, `act` and `add`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vrscope.arch.layout import Layout, leaves, parse_layout
+from vrscope.errors import FamilyError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser, before it joined the standard library
+    import tomli as tomllib
+
+TOP = "top"  # the scope of lines that stand outside every stack of layers
+OPERATIONS = {"dot": (2, 0), "pass": (1, 1), "gated": (2, 1), "act": (1, 1), "add": (1, 1)}  # inputs, outputs
+PLACEHOLDERS = ("i", "x", "h", "g")
+_LINE = re.compile(r"(?:(?P<kind>embed|norm|conv)(?:\[(?P<axes>[^\]]*)\])?\s+)?(?P<reads>.+?)\s*->\s*(?P<writes>.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One declared tensor stem.
+
+    Attributes
+    ----------
+    stem
+        Name on disk without its last part (`weight`, `bias`); `{p}` is the prefix, `{i}` the layer, `{x}` an expert.
+    kind
+        "linear", "embed", "norm", "conv" or "fixed".
+    reads, writes
+        Layouts of the input and output dimension; None for "fixed".
+    required
+        Whether every layer (or, outside the layers, the file) must have it.
+    dims
+        What each stored dimension of the weight is.
+    bias
+        "none", "optional" or "required".
+    gain
+        "w", or "1+w" where the stored gain is the real one minus one.
+    axes
+        For a norm, the axes it normalises over and its gain runs along; empty = the whole space.
+    suffixes
+        Names of weight and bias, behind the stem; the weight's may be empty (`{x}.down_proj_bias`).
+    """
+
+    stem: str
+    kind: str
+    reads: Layout | None
+    writes: Layout | None
+    required: bool
+    dims: tuple[str, ...]
+    bias: str
+    gain: str
+    axes: tuple[str, ...]
+    suffixes: tuple[tuple[str, ...], tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation without weights: its kind, input spaces, output space and RoPE axis (None = no rotation)."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    rope: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A stack of layers: the path of one layer, and the configuration key that counts them."""
+
+    path: str
+    count: str
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A declared architecture; the fields are the keys of its table in `families.toml`.
+
+    Attributes
+    ----------
+    name
+        Name of the declaration.
+    model_types
+        The `model_type` values of config.json that it covers.
+    when
+        Configuration values that must hold for it, for example `{"do_layer_norm_before": False}`; a silent
+        configuration counts as the value in `unless_said`.
+    prefixes
+        The texts `{p}` may stand for; one of them must fit the whole file.
+    stacks
+        The stacks of layers by scope.
+    lines
+        The tensor lines by scope; scope "top" stands outside the layers.
+    operations
+        Operations, tried in every scope.
+    spaces
+        Space name to `(axes, rigid)`; a name with a placeholder stands for every index.
+    sizes
+        Axis to the expression that gives its size from the configuration.
+    rope
+        Pair layout: "half", "interleaved" or "none"; `rotary` are the keys of the rotated share of the head.
+    act
+        Configuration key of the activation.
+    tied
+        Head stem, embedding stem, and whether they are tied when the configuration is silent; None = never tied.
+    refuse
+        Configuration keys that make the declaration invalid when set, with the reason.
+    ignore
+        Buffers that may lie in the file and that no scale touches.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    when: Mapping[str, Any]
+    unless_said: Mapping[str, Any]
+    prefixes: tuple[str, ...]
+    stacks: Mapping[str, Stack]
+    lines: Mapping[str, tuple[Line, ...]]
+    operations: tuple[Operation, ...]
+    spaces: Mapping[str, tuple[tuple[str, ...], bool]]
+    sizes: Mapping[str, str]
+    rope: str
+    rotary: tuple[str, ...]
+    act: str | None
+    tied: tuple[str, str, bool] | None
+    refuse: Mapping[str, str]
+    ignore: tuple[str, ...]
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "model_types": [],
+    "when": {},
+    "unless_said": {},
+    "prefixes": [""],
+    "stacks": {},
+    "op": {},
+    "spaces": {},
+    "sizes": {},
+    "rope": "none",
+    "rotary": [],
+    "act": "",
+    "tied": {},
+    "refuse": {},
+    "ignore": [],
+    "dims": "out in",
+    "bias": "optional",
+    "norm_bias": "none",
+    "gain": "w",
+}
+
+
+def read_families(path: Path) -> tuple[Family, ...]:
+    """Return the families declared in a TOML file, in order.
+
+    Raises
+    ------
+    FamilyError
+        If the file is not TOML, holds an unknown key, or a line does not parse; the message names the place.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{path}: not a readable TOML file of families ({error})."
+        raise FamilyError(message) from error
+    prelude = tables.pop("prelude", {})
+    return tuple(_family(name, _inherit(name, tables), prelude) for name in tables)
+
+
+def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    table = dict(tables[name])
+    parent = table.pop("like", None)
+    if parent is None:
+        return table
+    if parent not in tables or parent in seen:
+        message = f"[{name}]: like = {parent!r} names no earlier family. Declared: {', '.join(tables)}."
+        raise FamilyError(message)
+    base = _inherit(parent, tables, (*seen, name))
+    base.pop("model_types", None)
+    return _merge(base, table)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the entries of `over`; `stem` replaces `stem?` and the reverse, and "" removes a line."""
+    merged = dict(base)
+    for key, value in over.items():
+        twin = key[:-1] if key.endswith("?") else key + "?"
+        merged.pop(twin, None)
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        elif value == "" and key in base | {twin: 0} and (key in base or twin in base):
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _family(name: str, table: Mapping[str, Any], prelude: Mapping[str, Any]) -> Family:
+    scopes = {TOP, *table.get("stacks", {})}
+    unknown = sorted(set(table) - set(DEFAULTS) - scopes)
+    if unknown:
+        message = f"[{name}]: unknown key {unknown[0]!r}. Known: {', '.join([*DEFAULTS, *sorted(scopes), 'like'])}."
+        raise FamilyError(message)
+    get = dict(DEFAULTS) | dict(table)
+    spaces = dict(prelude.get("spaces", {})) | get["spaces"]
+    tied = get["tied"]
+    if tied and set(tied) != {"head", "embedding", "default"}:
+        message = f"[{name}].tied: expected head, embedding and default, found {', '.join(tied)}."
+        raise FamilyError(message)
+    return Family(
+        name=name,
+        model_types=tuple(get["model_types"]),
+        when=get["when"],
+        unless_said=get["unless_said"],
+        prefixes=tuple(get["prefixes"]),
+        stacks={scope: _stack(f"[{name}].stacks.{scope}", stack) for scope, stack in get["stacks"].items()},
+        lines={
+            scope: tuple(_line(f"[{name}].{scope}", stem, value, get) for stem, value in get.get(scope, {}).items())
+            for scope in (TOP, *get["stacks"])
+        },
+        operations=tuple(_operation(f"[{name}].op.{key}", text) for key, text in get["op"].items()),
+        spaces={_unnumbered(key): _space(f"[{name}].spaces.{key}", text) for key, text in spaces.items()},
+        sizes=dict(prelude.get("sizes", {})) | get["sizes"],
+        rope=_one_of(f"[{name}].rope", get["rope"], ("half", "interleaved", "none")),
+        rotary=tuple(get["rotary"] or prelude.get("rotary", [])),
+        act=get["act"] or None,
+        tied=(tied["head"], tied["embedding"], bool(tied["default"])) if tied else None,
+        refuse=get["refuse"],
+        ignore=(*prelude.get("ignore", []), *get["ignore"]),
+    )
+
+
+def _stack(where: str, table: Mapping[str, str]) -> Stack:
+    if set(table) != {"path", "count"} or "{i}" not in table["path"]:
+        message = f"{where}: expected path (with {{i}} for the layer) and count, found {dict(table)}."
+        raise FamilyError(message)
+    return Stack(table["path"], table["count"])
+
+
+def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[str, Any]) -> Line:
+    options = {"flow": value} if isinstance(value, str) else dict(value)
+    unknown = set(options) - {"flow", "dims", "bias", "gain", "weight", "shift"}
+    flow = str(options.get("flow", ""))
+    match = _LINE.fullmatch(flow.strip())
+    stem, where = key.removesuffix("?"), f"{where}.{key!r}"
+    if unknown or (match is None and flow.strip() != "fixed"):
+        found = f"unknown option {sorted(unknown)[0]!r}" if unknown else f"{flow!r}"
+        message = f"{where}: expected 'reads -> writes', 'fixed' or a table with flow, dims, bias, gain; found {found}."
+        raise FamilyError(message)
+    kind = "fixed" if match is None else match["kind"] or "linear"
+    norm = kind == "norm"
+    dims = {"embed": "in out", "norm": "out", "conv": "out a b"}.get(kind, family["dims"])
+    bias = options.get("bias", "optional" if kind == "fixed" else family["norm_bias"] if norm else family["bias"])
+    return Line(
+        stem=stem,
+        kind=kind,
+        reads=None if match is None else parse_layout(match["reads"], where),
+        writes=None if match is None else parse_layout(match["writes"], where),
+        required=not key.endswith("?"),
+        dims=tuple(str(options.get("dims", dims)).split()),
+        bias="none" if kind == "embed" else _one_of(f"{where}.bias", bias, ("none", "optional", "required")),
+        gain=_one_of(f"{where}.gain", options.get("gain", family["gain"] if norm else "w"), ("w", "1+w")),
+        axes=tuple((match["axes"] or "").split()) if match is not None else (),
+        suffixes=(
+            (options["weight"],) if "weight" in options else (".weight", ".gamma") if norm else (".weight", ""),
+            (options["shift"],) if "shift" in options else (".bias", ".beta") if norm else (".bias",),
+        ),
+    )
+
+
+def _operation(where: str, text: str) -> Operation:
+    words = text.split()
+    rope = next((word.removeprefix("rope:") for word in words if word.startswith("rope:")), None)
+    kind, *names = [word for word in words if word != "->" and not word.startswith("rope:")] or [""]
+    inputs, outputs = OPERATIONS.get(kind, (-1, -1))
+    if len(names) != inputs + outputs:
+        message = f"{where}: expected an operation such as 'dot q k rope:d' or 'gated gate up -> h', found {text!r}."
+        raise FamilyError(message)
+    return Operation(kind, tuple(names[:inputs]), tuple(names[inputs:]), rope)
+
+
+def _space(where: str, text: str) -> tuple[tuple[str, ...], bool]:
+    words = text.split()
+    if not words or not all(re.fullmatch(r"[A-Za-z]\w*", word) for word in words):
+        message = f"{where}: expected axis names, and optionally 'rigid', found {text!r}."
+        raise FamilyError(message)
+    return tuple(word for word in words if word != "rigid"), "rigid" in words
+
+
+def _one_of(where: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        message = f"{where}: expected one of {', '.join(known)}, found {value!r}."
+        raise FamilyError(message)
+    return value
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\{[^}]*\}", "{}", name)
+
+
+def space_axes(family: Family, template: str) -> tuple[tuple[str, ...], bool]:
+    """Return the axes of a space named in a declaration, and whether it is declared rigid.
+
+    A space that is not declared has one axis, of its own name: nothing can be shared with it by accident.
+    """
+    return family.spaces.get(_unnumbered(template), ((_unnumbered(template).replace("{}", ""),), False))
+
+
+def space_templates(line: Line) -> tuple[tuple[str, ...], ...]:
+    """Return the alternatives of every leaf a line reads or writes."""
+    sides = [side for side in (line.reads, line.writes) if side is not None]
+    return tuple(leaf.names for side in sides for leaf in leaves(side))

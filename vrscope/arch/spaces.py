@@ -1,0 +1,309 @@
+"""Which scales leave a checkpoint's function unchanged: derived from its dataflow, never listed by hand.
+
+Give every space a vector of log-scales. A matrix absorbs any such choice (rows times the scale of what it writes,
+columns over the scale of what it reads), so only operations restrict it: attention scores need q and k to cancel, a
+gated MLP passes the scale of its linear branch on, ReLU passes a positive one to its own degree, a norm swallows none
+on its input. Spaces tied together this way share one free vector, on the axes that all their tensors have in common.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.arch.graph import Graph, Node, config_value
+from vrscope.arch.layout import leaves
+
+RULES = {"dot": "q.k", "gated": "up.down", "act": "fc1.fc2", "pass": "v.o"}  # named after the operation that ties it
+NORM_FOLD, GAIN_PAIR, FREE = "norm fold", "q.k gains", "linear"
+HOMOGENEOUS = {"relu": 1, "relu2": 2, "relu_squared": 2}  # act(s x) = s^degree act(x) for s > 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """How one tensor follows one space.
+
+    Attributes
+    ----------
+    tensor
+        Name on disk.
+    index
+        Integer array that broadcasts against the tensor's shape: which scale multiplies an element, -1 = none.
+    power
+        The scale's exponent: 1 for the writer of a space, -1 for its reader, -2 behind a squared ReLU.
+    stored
+        "w", or "1+w" for a gain stored minus one, which a power of two does not keep exact.
+    """
+
+    tensor: str
+    index: NDArray[np.int64]
+    power: int
+    stored: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Space:
+    """One free vector of scales of a checkpoint.
+
+    Attributes
+    ----------
+    name
+        Path of the layer, then the space: "model.layers.0:v".
+    rule
+        What ties it: "q.k", "v.o", "up.down", "fc1.fc2", "norm fold", "q.k gains".
+    layer
+        Layer number, None outside the layers.
+    size
+        Number of free scales.
+    shape
+        Sizes of the free axes, RoPE pairs counted once; their product is `size`.
+    axes
+        Names of these axes: g KV group, d channel of a head ("pair" where RoPE ties two), F, E, x.
+    terms
+        Every tensor that must follow.
+    """
+
+    name: str
+    rule: str
+    layer: int | None
+    size: int
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    terms: tuple[Term, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether powers of two on this space change no bit of any product: false with 1+w gains."""
+        return all(term.stored == "w" for term in self.terms)
+
+
+def derive(graph: Graph, config: Mapping[str, Any], tied: bool) -> tuple[list[Space], list[tuple[str, str]]]:
+    """Return the free spaces of a checkpoint, and for every other space the reason it cannot be scaled.
+
+    Parameters
+    ----------
+    graph
+        The dataflow.
+    config
+        The checkpoint's configuration (activation, rotary share).
+    tied
+        Whether the output head is the embedding matrix.
+    """
+    ties = _Ties(graph)
+    _block_by_operations(graph, ties, config)
+    _block_by_use(graph, ties, tied)
+    spaces: list[Space] = []
+    rigid: list[tuple[str, str]] = []
+    for members in ties.groups():
+        reason = next((ties.blocked[name] for name in members if name in ties.blocked), None)
+        if reason is not None:
+            rigid.extend((name, reason) for name in members)
+        else:
+            spaces.append(_space(graph, ties, members, config))
+    return spaces, rigid
+
+
+class _Ties:
+    """Spaces tied into groups, each member with the power at which it carries the group's scale."""
+
+    def __init__(self, graph: Graph) -> None:
+        sides = [node.reads for node in graph.nodes if node.line.kind != "embed"] + [
+            node.writes for node in graph.nodes
+        ]
+        names = {leaf.names[0] for side in sides if side is not None for leaf in leaves(side)}
+        names |= {space for edge in graph.edges for space in (*edge.inputs, *edge.outputs)}
+        self.group = {name: {name: 1} for name in sorted(names)}
+        self.blocked: dict[str, str] = {}
+
+    def tie(self, first: str, second: str, power: int) -> None:
+        """Let `second` carry the scale of `first` to `power`."""
+        ours, theirs = self.group[first], self.group[second]
+        factor = ours[first] * power * theirs[second]  # powers of a fresh member are 1
+        for name, own in theirs.items():
+            ours[name] = factor * own
+            self.group[name] = ours
+
+    def block(self, name: str, reason: str) -> None:
+        self.blocked.setdefault(name, reason)
+
+    def groups(self) -> list[dict[str, int]]:
+        return list({id(group): group for group in self.group.values()}.values())
+
+
+def _block_by_operations(graph: Graph, ties: _Ties, config: Mapping[str, Any]) -> None:
+    for edge in graph.edges:
+        kind = edge.operation.kind
+        if kind == "dot":
+            ties.tie(edge.inputs[0], edge.inputs[1], -1)
+        elif kind == "pass":
+            ties.tie(edge.inputs[0], edge.outputs[0], 1)
+        elif kind == "gated":
+            ties.block(edge.inputs[0], "feeds the activation of a gate, which no scale passes through")
+            ties.tie(edge.inputs[1], edge.outputs[0], 1)
+        elif kind == "act":
+            name = str(config_value(config, graph.family.act or "") or "unknown")
+            degree = HOMOGENEOUS.get(name)
+            if degree is None:
+                for space in (*edge.inputs, *edge.outputs):
+                    ties.block(space, f"activation {name}: no scale passes through it")
+            else:
+                ties.tie(edge.inputs[0], edge.outputs[0], degree)
+        else:
+            for space in (*edge.inputs, *edge.outputs):
+                ties.block(space, "added to another stream, which would need the same scale")
+
+
+def _block_by_use(graph: Graph, ties: _Ties, tied: bool) -> None:
+    written, read = set[str](), set[str]()
+    for node in graph.nodes:
+        for leaf in leaves(node.writes) if node.writes is not None else ():
+            written.add(leaf.names[0])
+        for leaf in leaves(node.reads) if node.reads is not None else ():
+            read.add(leaf.names[0])
+            if node.line.kind == "norm":
+                ties.block(leaf.names[0], "goes into a norm, which undoes a scale only up to its eps")
+    written |= {space for edge in graph.edges for space in edge.outputs}
+    read |= {space for edge in graph.edges for space in edge.inputs}
+    heads = _head_inputs(graph)
+    for name in ties.group:
+        if name in graph.rigid:
+            ties.block(name, _declared_rigid(graph, name))
+        elif name in heads and tied:
+            ties.block(name, "read by the output head, which is the embedding matrix (tied)")
+        elif name not in read:
+            ties.block(name, "an output of the model")
+        elif name not in written:
+            ties.block(name, "written by nothing that carries a scale")
+
+
+def _declared_rigid(graph: Graph, name: str) -> str:
+    if any(name in (leaf.names[0] for leaf in leaves(node.reads)) for node in graph.nodes if node.reads is not None):
+        return "the residual stream: every layer adds to it, and norms would undo a scale only up to their eps"
+    return "an output that is used as it is"
+
+
+def _head_inputs(graph: Graph) -> set[str]:
+    """Return the spaces that feed the output head: those the head reads, or the last ones nobody else reads."""
+    if graph.family.tied is None:
+        return set()
+    for line in graph.family.lines["top"]:
+        if line.stem == graph.family.tied[0] and line.reads is not None:
+            return {re.sub(r"\{(\d+)\}", r"\1", name) for leaf in leaves(line.reads) for name in leaf.names}
+    return set()
+
+
+def _space(graph: Graph, ties: _Ties, members: dict[str, int], config: Mapping[str, Any]) -> Space:
+    edges = [edge for edge in graph.edges if any(space in members for space in (*edge.inputs, *edge.outputs))]
+    name = next((space for edge in edges for space in edge.inputs if space in members), min(members))
+    uses = _uses(graph, members)
+    axes = [axis for axis in graph.axes[name] if all(axis in have for _, _, _, _, have in uses)]
+    scope = next(node.scope for node, *_ in uses)
+    sizes = graph.sizes[scope]
+    ties_on = {edge.operation.rope for edge in edges if edge.operation.rope} if graph.family.rope != "none" else set()
+    labels = [_labels(axis, sizes[axis], axis in ties_on, graph, config) for axis in axes]
+    shape = tuple(int(label.max()) + 1 if label.size else 0 for label in labels)
+    terms = []
+    for node, side, space, power, have in uses:
+        ids = _ids(have, axes, labels, shape, sizes)
+        terms.extend(_terms(graph, node, (side, space, power), ids))
+    norms = all(node.line.kind == "norm" for node, side, *_ in uses if side == "out")
+    rule = next((RULES[kind] for kind in RULES for edge in edges if edge.operation.kind == kind), None)
+    if rule is None:
+        rule = NORM_FOLD if norms else FREE
+    elif rule == RULES["dot"] and norms:
+        rule = GAIN_PAIR
+    shown = tuple("pair" if axis in ties_on else axis for axis in axes)
+    size = int(np.prod(shape, dtype=np.int64))
+    return Space(name, rule, scope[1], size, shape, shown, tuple(terms))
+
+
+Use = tuple[Node, str, str, int, tuple[str, ...]]  # node, "out" or "in", space, power, axes its dimension carries
+
+
+def _uses(graph: Graph, members: Mapping[str, int]) -> list[Use]:
+    """Return every side of every node that writes or reads one of the spaces."""
+    uses: list[Use] = []
+    for node in graph.nodes:
+        for side, layout, sign in (("out", node.writes, 1), ("in", node.reads, -1)):
+            if layout is None or (side == "in" and node.line.kind in {"norm", "embed"}):
+                continue
+            for leaf in leaves(layout):
+                space = leaf.names[0]
+                if space in members:
+                    axes = graph.axes[space]
+                    if node.line.kind == "norm" and _short_gain(graph, node, space):
+                        axes = node.line.axes
+                    uses.append((node, side, space, sign * members[space], axes))
+    return uses
+
+
+def _short_gain(graph: Graph, node: Node, space: str) -> bool:
+    """Whether a norm's gain runs only along the axes it normalises over, shared by the others."""
+    sizes = graph.sizes[node.scope]
+    full = int(np.prod([sizes[axis] for axis in graph.axes[space]], dtype=np.int64))
+    return bool(node.line.axes) and node.weight.numel != full
+
+
+def _labels(axis: str, size: int, rotated: bool, graph: Graph, config: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return for every index of an axis the number of its scale, which RoPE partners share."""
+    plain = np.arange(size)
+    if not rotated:
+        return plain
+    share = next((v for v in (config_value(config, key) for key in graph.family.rotary) if v is not None), 1.0)
+    span = int(size * float(share)) // 2 * 2
+    turned = plain[:span] % (span // 2) if graph.family.rope == "half" else plain[:span] // 2
+    return np.concatenate([turned, np.arange(size - span) + span // 2])
+
+
+def _ids(
+    have: tuple[str, ...],
+    axes: list[str],
+    labels: list[NDArray[np.int64]],
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+) -> NDArray[np.int64]:
+    """Return the number of the scale for every element of a space with axes `have`, shaped by those axes."""
+    ids = np.zeros([sizes[axis] for axis in have], np.int64)
+    for axis, label, stride in zip(axes, labels, np.cumprod((1, *shape[:0:-1]))[::-1], strict=True):
+        view = [1] * len(have)
+        view[have.index(axis)] = -1
+        ids = ids + (label * int(stride)).reshape(view)
+    return ids
+
+
+def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.int64]) -> list[Term]:
+    """Return the terms of a node's weight, and of its bias when its output is scaled."""
+    side, space, power = use
+    layout = node.writes if side == "out" else node.reads
+    assert layout is not None
+    dim = node.line.dims.index(side)
+    batch = [at for at, what in enumerate(node.line.dims) if what not in {"out", "in"} and what in graph.axes[space]]
+    count = node.weight.shape[dim]
+    if node.line.kind == "norm" and _short_gain(graph, node, space):
+        flat = ids.reshape(count)
+    else:
+        places = graph.places(node, layout)[space]
+        ids = np.broadcast_to(ids, places.shape)
+        flat = np.full([*(node.weight.shape[at] for at in batch), count], -1, np.int64)
+        lead = np.indices(places.shape)[: len(batch)] if batch else ()
+        flat[(*lead, places)] = ids
+    view = [size if at in batch or at == dim else 1 for at, size in enumerate(node.weight.shape)]
+    terms = [Term(node.weight.name, flat.reshape(view), power, node.line.gain if side == "out" else "w")]
+    if side == "out" and node.bias is not None:
+        terms.append(Term(node.bias.name, flat.reshape(node.bias.shape), power, "w"))
+    return terms
+
+
+def by_tensor(spaces: tuple[Space, ...]) -> dict[str, list[tuple[Space, Term]]]:
+    """Return for every tensor the spaces that move it, with the term that says how."""
+    found: dict[str, list[tuple[Space, Term]]] = defaultdict(list)
+    for space in spaces:
+        for term in space.terms:
+            found[term.tensor].append((space, term))
+    return found

@@ -1,0 +1,133 @@
+"""The terminal: escaped text, tables, and progress that shows only where somebody can see it.
+
+Results go to standard output, everything else to standard error. Used by the command line alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vrscope.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+_PIPE_WIDTH = 200  # columns of output that is not a terminal; wide, so that names are not cut
+_SPARSE_SECONDS = 15.0  # between lines of progress where there is no terminal
+
+
+def escape(text: str) -> str:
+    """Return `text` with every character that is not printable written as an escape, so that it stays on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def say(text: str = "") -> None:
+    """Print one line of results."""
+    sys.stdout.write(f"{text}\n")
+
+
+def complain(text: str) -> None:
+    """Print one line on standard error, as `vrscope: ...`."""
+    sys.stderr.write(f"vrscope: {escape(text)}\n")
+
+
+def emit(*items: RenderableType) -> None:
+    """Print rich tables and texts, with colours only on a terminal."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=False, width=None if terminal else _PIPE_WIDTH)
+    with console.capture() as captured:  # written by this module, so that a closed pipe is handled in one place
+        for item in items:
+            console.print(item)
+    rendered = captured.get()
+    sys.stdout.write(rendered if terminal else "".join(f"{line.rstrip()}\n" for line in rendered.splitlines()))
+
+
+def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print a table of text.
+
+    Parameters
+    ----------
+    title
+        Line above the table.
+    headers
+        Names of the columns.
+    rows
+        One text per column and row; escaped here.
+    right
+        The headers of the columns that hold numbers.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(escape(cell)) for cell in row))
+    emit(*((Text(f"\n{title}", style="bold"),) if title else ()), table)
+
+
+@contextmanager
+def progress_display(quiet: bool) -> Iterator[Progress]:
+    """Yield a progress callable: bars on a terminal, a line now and then elsewhere, nothing if `quiet`."""
+    if quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        with _bars() as bars:
+            yield _Bars(bars)
+    else:
+        yield _Lines(time.monotonic())
+
+
+def _bars() -> Bars:
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    return Bars(*columns, console=Console(stderr=True), transient=True)
+
+
+@dataclass(slots=True)
+class _Bars:
+    """One bar per stage, kept in the order in which the stages began."""
+
+    bars: Bars
+    tasks: dict[str, TaskID] = field(default_factory=dict)
+
+    def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
+        del unit
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(escape(stage), total=total)
+        self.bars.update(self.tasks[stage], completed=done, total=total)
+
+
+@dataclass(slots=True)
+class _Lines:
+    """A line on standard error every `_SPARSE_SECONDS`; work that ends sooner prints none."""
+
+    last: float
+
+    def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
+        del unit
+        now = time.monotonic()
+        if now - self.last < _SPARSE_SECONDS:
+            return
+        self.last = now
+        share = f" {done / total:.0%}" if total else ""
+        sys.stderr.write(f"vrscope: {escape(stage)}{share}\n")

@@ -1,0 +1,80 @@
+"""What is supported, as text: one listing per table of the package. `vrscope list` and the README show these.
+
+Each listing is `(headings, rows)`. It reads the tables themselves, so a new entry appears everywhere by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from vrscope.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from vrscope.quant.formats import ScaleScope
+
+Listing = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def listing(kind: str) -> Listing:
+    """Return the headings and rows of one listing.
+
+    Parameters
+    ----------
+    kind
+        "families", "formats", "statistics" or "methods".
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such listing.
+    """
+    if kind not in _LISTINGS:
+        raise UnknownNameError.of("listing", kind, _LISTINGS)  # noqa: EM101
+    return _LISTINGS[kind]()
+
+
+def _families() -> Listing:
+    from vrscope.arch.binding import families
+
+    rows = []
+    for family in families():
+        gains = sorted({line.gain for lines in family.lines.values() for line in lines if line.kind == "norm"})
+        operations = [
+            " ".join((o.kind, *o.inputs, *(("->", *o.outputs) if o.outputs else ()))) for o in family.operations
+        ]
+        rows.append((family.name, ", ".join(family.model_types), family.rope, " ".join(gains), "; ".join(operations)))
+    return ("family", "model_type", "rope", "norm gain", "scales move through"), rows
+
+
+def _formats() -> Listing:
+    from vrscope.quant.formats import FORMATS
+
+    rows = [(f.name, f"{f.bits_per_weight:.3g}", f.engine, _scope(f.scope), f.meaning) for f in FORMATS]
+    return ("format", "bits per weight", "engine", "one scale per", "meaning"), rows
+
+
+def _statistics() -> Listing:
+    from vrscope.stats.statistics import STATISTICS
+
+    return ("statistic", "unit", "meaning"), [(s.name, s.unit, s.meaning) for s in STATISTICS]
+
+
+def _methods() -> Listing:
+    from vrscope.rescale.methods import METHODS
+
+    rows = [(m.name, ", ".join(name.replace("_", "-") for name in m.uses), m.meaning) for m in METHODS]
+    return ("method", "options", "meaning"), rows
+
+
+def _scope(scope: ScaleScope) -> str:
+    size = f" of {scope.size}" if scope.size else ""
+    return f"{scope.kind}{size}{', itself quantized' if scope.nested else ''}"
+
+
+_LISTINGS: Mapping[str, Callable[[], Listing]] = {
+    "families": _families,
+    "formats": _formats,
+    "statistics": _statistics,
+    "methods": _methods,
+}

@@ -1,0 +1,289 @@
+"""Options that several commands share, and the value that carries how a command should answer.
+
+Every option that is left out arrives as None and is dropped by `given`, so each default stands once, in `vrscope.api`;
+help texts name it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vrscope import console
+from vrscope.gate import Rule, RuleError, parse_rule
+
+if TYPE_CHECKING:
+    from vrscope.progress import Progress
+    from vrscope.rescale.plan import RescalePlan
+    from vrscope.tables import Report
+
+Command = Callable[..., Any]
+EXIT_RULE_BROKEN = 3
+_METHOD_FIELDS = frozenset(
+    ("granularity", "norm", "scales", "target_std", "depth_scaled", "raw", "seed", "limit"),  # of MethodOptions
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How a command answers: as JSON, not at all unless something is wrong, and which rules end it with status 3."""
+
+    as_json: bool
+    quiet: bool
+    rules: tuple[Rule, ...] = ()
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Return a context whose value takes progress and shows it where somebody looks."""
+        return console.progress_display(self.quiet)
+
+    def finish(self, report: Report, everything: bool = False, wrote: Sequence[Path] = ()) -> None:
+        """Show a report and the files written, then end with status 3 if a rule is broken."""
+        from vrscope.tables import to_json
+        from vrscope.views import show_report
+
+        if self.as_json:
+            console.say(to_json(report))
+        elif not self.quiet:
+            show_report(report, everything)
+            self.wrote(wrote)
+        self._check(report)
+
+    def finish_rescale(self, plan: RescalePlan, out: Path) -> None:
+        """Say what was written and what it computes."""
+        import json
+
+        from vrscope.views import show_rescale
+
+        if self.as_json:
+            fields = {"out": str(out), "equivalent": plan.equivalent, "method": plan.method, "changed": plan.changed}
+            console.say(json.dumps({**fields, "settings": dict(plan.settings)}, indent=1))
+        elif not self.quiet:
+            show_rescale(plan.equivalent, plan.changed)
+            self.wrote([out])
+
+    def wrote(self, paths: Sequence[Path]) -> None:
+        """Name the files written, one a line, unless the answer is JSON or nothing."""
+        if not (self.as_json or self.quiet):
+            for path in paths:
+                console.say(f"wrote {console.escape(str(path))}")
+
+    def _check(self, report: Report) -> None:
+        broken = False
+        for rule in self.rules:
+            try:
+                rows = rule.broken_rows(report.tables)
+            except RuleError as error:
+                raise click.BadParameter(str(error), param_hint="--fail-on") from error
+            if len(rows):
+                broken = True
+                first = ", ".join(f"{name}={value}" for name, value in _identity(rows, rule).items())
+                console.complain(f"--fail-on {rule.text}: {len(rows)} row(s), the first with {first}")
+        if broken:
+            raise click.exceptions.Exit(EXIT_RULE_BROKEN)
+
+
+def _identity(rows: Any, rule: Rule) -> dict[str, Any]:
+    """Return what names the first row (its texts), and the value the rule looked at."""
+    first = rows.iloc[0].to_dict()
+    names = [name for name, value in first.items() if isinstance(value, str)][:3]
+    return {name: first[name] for name in dict.fromkeys((*names, rule.column))}
+
+
+class _Names(click.ParamType[Any]):
+    """Comma-separated names from one of the tables; a wrong one is a usage error that names the right ones."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        from vrscope.errors import UnknownNameError
+        from vrscope.quant.formats import get_format
+
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+        if not names:
+            self.fail("no format is named. See `vrscope list formats`.", param, ctx)
+        for name in names:
+            try:
+                get_format(name)
+            except UnknownNameError as error:
+                self.fail(str(error), param, ctx)
+        return names
+
+
+class _RuleType(click.ParamType[Any]):
+    """A rule of `--fail-on`, on one of the tables that the command fills."""
+
+    name = "rule"
+
+    def __init__(self, tables: tuple[str, ...]) -> None:
+        self.tables = tables
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, Rule):
+            return value
+        try:
+            rule = parse_rule(value)
+        except RuleError as error:
+            self.fail(str(error), param, ctx)
+        if rule.table not in self.tables:
+            self.fail(f"{value!r}: no table {rule.table!r} here. Tables: {', '.join(self.tables)}.", param, ctx)
+        return rule
+
+
+def example(*lines: str, title: str = "Example") -> str:
+    """Return an epilog that shows commands as they are typed."""
+    return "\b\n" + "\n".join((f"{title}:", *(f"  {line}" for line in lines)))
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were on the command line."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def output(*tables: str) -> Callable[[Command], Command]:
+    """Add `--json` and `--quiet`, and `--fail-on` if the command fills `tables`; the command gets one `output`."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def wrapped(*arguments: Any, as_json: bool, quiet: bool, fail_on: tuple[Rule, ...] = (), **rest: Any) -> Any:
+            return command(*arguments, output=Output(as_json, quiet, tuple(fail_on)), **rest)
+
+        shared = [
+            click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
+            click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and JSON, if asked for)."),
+        ]
+        if tables:
+            rule = click.option(
+                "--fail-on",
+                type=_RuleType(tables),
+                multiple=True,
+                metavar="RULE",
+                help="Exit with status 3 if a row satisfies TABLE.COLUMN OP NUMBER, or "
+                f"TABLE[COLUMN=TEXT].COLUMN OP NUMBER. Tables: {', '.join(tables)}. May be repeated.",
+            )
+            shared.append(rule)
+        return _apply(shared, wrapped)
+
+    return decorate
+
+
+def method_options(command: Command) -> Command:
+    """Add the options that choose scales: the same for `plan`, `rescale` and `run`.
+
+    An option that the chosen method does not use is a usage error: it would do nothing.
+    """
+
+    @functools.wraps(command)
+    def checked(*arguments: Any, **settings: Any) -> Any:
+        _check_method(given(settings))
+        return command(*arguments, **settings)
+
+    positive = click.FloatRange(min=0, min_open=True)
+    return _apply(
+        [
+            click.option(
+                "--method", metavar="NAME", callback=_known_method, help="See `vrscope list methods`. Default: wisca."
+            ),
+            click.option(
+                "--granularity",
+                type=click.Choice(["tensor", "head", "channel"]),
+                help="wisca: what shares one scale. Default: channel.",
+            ),
+            click.option(
+                "--norm",
+                type=click.Choice(["frobenius", "l1", "max"]),
+                help="wisca: what is balanced. Default: frobenius.",
+            ),
+            click.option(
+                "--scales",
+                type=click.Choice(["pow2", "free"]),
+                help="Powers of two keep the function bit for bit; free factors round. Default: pow2.",
+            ),
+            click.option("--limit", type=click.IntRange(0, 30), help="Largest exponent of two. Default: 6."),
+            click.option("--target-std", type=positive, help="tvr: standard deviation to reach. Default: 0.01."),
+            click.option("--depth-scaled", is_flag=True, default=None, help="tvr: target / sqrt(layer), from 1."),
+            click.option(
+                "--raw",
+                is_flag=True,
+                default=None,
+                help="tvr: the formula of the paper, for training on. NOT the same function.",
+            ),
+            click.option("--seed", type=int, help="random: seed of the exponents. Default: 0."),
+        ],
+        checked,
+    )
+
+
+def text_options(command: Command) -> Command:
+    """Add the options of everything that runs a model on text."""
+    return _apply(
+        [
+            click.option(
+                "--text",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="UTF-8 text to measure on. Default: a sample that ships with vrscope.",
+            ),
+            click.option("--tokens", type=click.IntRange(min=2), metavar="N", help="Tokens of it to use."),
+            click.option(
+                "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where models run. Default: auto."
+            ),
+        ],
+        command,
+    )
+
+
+def _known_method(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    from vrscope.errors import UnknownNameError
+    from vrscope.rescale.methods import get_method
+
+    try:
+        get_method(value)
+    except UnknownNameError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    return value
+
+
+def _check_method(chosen: Mapping[str, Any]) -> None:
+    if not chosen.keys() & _METHOD_FIELDS:
+        return
+    from vrscope.rescale.methods import get_method
+
+    method = get_method(chosen.get("method", "wisca"))
+    for name in sorted(chosen.keys() & _METHOD_FIELDS):
+        if name not in method.uses:
+            used = ", ".join(_flag(name) for name in method.uses)
+            message = f"{_flag(name)} does nothing for method {method.name!r}, which uses {used}."
+            raise click.UsageError(message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _apply(decorators: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """Apply decorators so that help lists them in the order written."""
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+model = click.argument("model", metavar="MODEL")
+force = click.option("--force", is_flag=True, help="Replace what is already there.")
+revision = click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model id.")
+everything = click.option("--all", "everything", is_flag=True, help="Print long tables whole.")
+formats = click.option(
+    "--formats",
+    type=_Names(),
+    metavar="NAMES",
+    help="Comma-separated; see `vrscope list formats`. Default: int8,int8-row,nf4,fp4,int4-g64.",
+)

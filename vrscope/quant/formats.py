@@ -1,0 +1,189 @@
+"""The table of quantization formats: what each is, over what its scale is constant, and how to round-trip a weight.
+
+To add a format, add one entry to `FORMATS`; the command line, the tables and the tests of the scaling law follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from vrscope.errors import UnknownNameError
+from vrscope.quant import bnb, simulated
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleScope:
+    """Which elements of an `(out, in)` weight share one float scale.
+
+    Rounding to nearest with a scale that follows the data is blind to any factor that is constant over each of these
+    sets: quantize(s * w) = s * quantize(w).
+
+    Attributes
+    ----------
+    kind
+        "tensor": all elements. "row": one output channel. "group": `size` consecutive inputs of one row, the last
+        group of a row possibly shorter. "block": `size` consecutive elements of the flattened weight, rows running on
+        into each other.
+    size
+        Elements per group or block, None for tensor and row.
+    nested
+        The scales are themselves quantized relative to their mean over the tensor, so that only a factor constant over
+        the whole tensor is invisible.
+    """
+
+    kind: Literal["tensor", "row", "group", "block"]
+    size: int | None = None
+    nested: bool = False
+
+    def feels(self, row_factors: NDArray[Any], column_factors: NDArray[Any]) -> bool:
+        """Return whether `w[i, j] * row_factors[i] * column_factors[j]` can be rounded differently from w.
+
+        Parameters
+        ----------
+        row_factors, column_factors
+            Shapes `(out,)` and `(in,)`; powers of two, or any factors whose products are to be compared exactly.
+        """
+        import numpy as np
+
+        rows_vary, columns_vary = np.ptp(row_factors) != 0, np.ptp(column_factors) != 0
+        if self.kind == "tensor" or self.nested:
+            return bool(rows_vary or columns_vary)
+        if self.kind == "row":
+            return bool(columns_vary)
+        size, width = self.size or 1, column_factors.size
+        if self.kind == "group" or width % size == 0:
+            starts = np.arange(0, width, size)
+            return bool(
+                (np.maximum.reduceat(column_factors, starts) != np.minimum.reduceat(column_factors, starts)).any()
+            )
+        factors = np.multiply.outer(row_factors, column_factors).reshape(-1)
+        starts = np.arange(0, factors.size, size)
+        return bool((np.maximum.reduceat(factors, starts) != np.minimum.reduceat(factors, starts)).any())
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to store the weights of linear layers.
+
+    Attributes
+    ----------
+    name
+        As on the command line.
+    meaning
+        One sentence.
+    bits_per_weight
+        Including the scales and zero points of a group or block; scales per row or tensor are not counted.
+    engine
+        Whose code makes the numbers: "bitsandbytes", or "simulated" here.
+    scope
+        Which weights share a scale.
+    activations
+        Whether the layer's inputs are quantized as well, so that a model must run the real layer.
+    roundtrip
+        Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape.
+    """
+
+    name: str
+    meaning: str
+    bits_per_weight: float
+    engine: Literal["bitsandbytes", "simulated"]
+    scope: ScaleScope
+    activations: bool
+    roundtrip: Callable[[Tensor], Tensor]
+
+
+def _int4(group: int | None) -> Format:
+    # A float32 scale and a 4-bit zero point per group, as simulated.
+    part = f"group of {group} inputs" if group else "row"
+    return Format(
+        f"int4-g{group}" if group else "int4-row",
+        f"Asymmetric 4-bit integers with a scale and an integer zero point per {part}, rounded to nearest.",
+        4 + 36 / group if group else 4.0,
+        "simulated",
+        ScaleScope("group", group) if group else ScaleScope("row"),
+        activations=False,
+        roundtrip=partial(simulated.int4_per_group, group=group),
+    )
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        "int8",
+        "LLM.int8: 8-bit rows and 8-bit activations per token; inputs of 6.0 or more stay in floating point.",
+        8.0,
+        "bitsandbytes",
+        ScaleScope("row"),
+        activations=True,
+        roundtrip=bnb.int8_rows,
+    ),
+    Format(
+        "int8-row",
+        "Symmetric 8-bit integers with one scale per output channel, rounded to nearest.",
+        8.0,
+        "simulated",
+        ScaleScope("row"),
+        activations=False,
+        roundtrip=simulated.int8_per_row,
+    ),
+    Format(
+        "int8-tensor",
+        "Symmetric 8-bit integers with one scale per tensor, rounded to nearest.",
+        8.0,
+        "simulated",
+        ScaleScope("tensor"),
+        activations=False,
+        roundtrip=simulated.int8_per_tensor,
+    ),
+    Format(
+        "nf4",
+        "4-bit NormalFloat in blocks of 64 elements, the 4-bit format of QLoRA.",
+        4.5,
+        "bitsandbytes",
+        ScaleScope("block", bnb.BLOCK),
+        activations=False,
+        roundtrip=partial(bnb.four_bit, kind="nf4"),
+    ),
+    Format(
+        "nf4-dq",
+        "NF4 whose block scales are themselves quantized to 8 bits (double quantization).",
+        4 + 8 / 64 + 32 / (64 * 256),
+        "bitsandbytes",
+        ScaleScope("block", bnb.BLOCK, nested=True),
+        activations=False,
+        roundtrip=partial(bnb.four_bit, kind="nf4", nested=True),
+    ),
+    Format(
+        "fp4",
+        "4-bit floating point in blocks of 64 elements.",
+        4.5,
+        "bitsandbytes",
+        ScaleScope("block", bnb.BLOCK),
+        activations=False,
+        roundtrip=partial(bnb.four_bit, kind="fp4"),
+    ),
+    _int4(32),
+    _int4(64),
+    _int4(128),
+    _int4(None),
+)
+
+
+def get_format(name: str) -> Format:
+    """Return the format of that name.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is none; lists the known ones and suggests the nearest.
+    """
+    for entry in FORMATS:
+        if entry.name == name:
+            return entry
+    raise UnknownNameError.of("format", name, (entry.name for entry in FORMATS))  # noqa: EM101

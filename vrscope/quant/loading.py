@@ -1,0 +1,278 @@
+"""Models and tokenizers of checkpoints, through transformers: no code from a checkpoint is ever run.
+
+Models run in evaluation mode with "eager" attention and experts: plain products and softmax, the same operations in
+the same order whatever the values, so that two checkpoints that differ by exact powers of two give equal bits.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vrscope.checkpoint.source import Checkpoint
+from vrscope.errors import ModelError
+from vrscope.quant.memory import DTYPE_BYTES, require_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STANDARD_NAMES = {"model.safetensors", "model.safetensors.index.json"}
+UNUSED = ("pooler.",)  # parts of an encoder behind its last hidden state
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes
+    ----------
+    name
+        Of its checkpoint.
+    model
+        The transformers model, in evaluation mode, without gradients.
+    causal
+        Whether it predicts the next token; otherwise it is an encoder.
+    device
+        "cpu" or "cuda".
+    """
+
+    name: str
+    model: Any
+    causal: bool
+    device: str
+
+    def run(self, window: tuple[int, ...]) -> Tensor:
+        """Return the model's output for one window: float32 logits `(tokens, vocabulary)` or states `(tokens, hidden)`.
+
+        Raises
+        ------
+        ModelError
+            If a token is not in the model's vocabulary, or memory runs out.
+        """
+        import torch
+
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(window) >= rows:
+            message = (
+                f"{self.name}: expected tokens below {rows:,}, found {max(window):,}. "
+                "The tokenizer belongs to another model; copy the right tokenizer into the folder."
+            )
+            raise ModelError(message)
+        ids = torch.tensor([window], device=self.device)
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        try:
+            with torch.inference_mode():
+                if self.causal:
+                    return self.model(**arguments, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+                return self.model(**arguments).last_hidden_state[0].float()  # type: ignore[no-any-return]
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            message = f"{self.name}: not enough memory to run {len(window):,} tokens. Measure with a smaller --window."
+            raise ModelError(message) from error
+
+
+def resolve_device(device: str) -> str:
+    """Return "cpu" or "cuda" for "auto", "cpu" or "cuda"; "auto" takes a GPU if there is one.
+
+    Raises
+    ------
+    ModelError
+        If there is no GPU, or no such device.
+    """
+    import torch
+
+    if device not in {"auto", "cpu", "cuda"}:
+        message = f"device {device!r}: expected auto, cpu or cuda. Choose one of them with --device."
+        raise ModelError(message)
+    if device == "cuda" and not torch.cuda.is_available():
+        message = "device 'cuda': expected a GPU, found none that torch can use. Use --device cpu."
+        raise ModelError(message)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def is_causal(checkpoint: Checkpoint) -> bool:
+    """Return whether the checkpoint is a causal language model; otherwise it is taken for an encoder.
+
+    Its architecture decides, as its config names it; without one, its model type: causal if transformers has a causal
+    and no masked language model of that type.
+
+    Raises
+    ------
+    ModelError
+        If there is no config, an unknown model type, or an encoder-decoder.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    config = checkpoint.config
+    kind = config.get("model_type")
+    if not config:
+        message = (
+            f"{checkpoint.name}: expected a config.json in {checkpoint.folder}, found none. Put the model's there."
+        )
+        raise ModelError(message)
+    if kind not in CONFIG_MAPPING_NAMES:
+        message = (
+            f"{checkpoint.name}: config.json has model_type {kind!r}, which this transformers does not know. "
+            "Code from a checkpoint is never run; use a newer transformers, or `vrscope analyze`, which runs no model."
+        )
+        raise ModelError(message)
+    if config.get("is_encoder_decoder"):
+        message = (
+            f"{checkpoint.name}: expected a causal model or an encoder, found an encoder-decoder ({kind}). "
+            "Use `vrscope analyze`, which runs no model."
+        )
+        raise ModelError(message)
+    causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _each(names)}
+    if config.get("architectures"):
+        return any(name in causal for name in config["architectures"])
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the tokenizer in the checkpoint's folder.
+
+    Raises
+    ------
+    ModelError
+        If there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((checkpoint.folder / name).is_file() for name in TOKENIZER_FILES):
+        message = (
+            f"{checkpoint.name}: expected a tokenizer ({TOKENIZER_FILES[0]} or the like) in {checkpoint.folder}, "
+            "found none. Copy the model's tokenizer files there."
+        )
+        raise ModelError(message)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the many ways in which a tokenizer file can be wrong are not ours to list
+        message = f"{checkpoint.name}: the tokenizer cannot be read ({_one_line(error)}). Check its files."
+        raise ModelError(message) from error
+
+
+def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
+    """Return the checkpoint's model in float32 or bfloat16.
+
+    Parameters
+    ----------
+    device
+        As `resolve_device` returns it.
+    dtype
+        "float32" or "bfloat16": what weights are converted to and computed in.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be built, weights are missing or of another shape, or memory would not suffice.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    causal = is_causal(checkpoint)
+    if checkpoint.quantization:
+        message = (
+            f"{checkpoint.name}: expected float weights, found it quantized already ({checkpoint.quantization}). "
+            "Measure the model it was made from."
+        )
+        raise ModelError(message)
+    if dtype not in DTYPE_BYTES:
+        message = f"dtype {dtype!r}: expected {' or '.join(DTYPE_BYTES)}. Choose one of them with --dtype."
+        raise ModelError(message)
+    require_memory(checkpoint, device, dtype)
+    builder = AutoModelForCausalLM if causal else AutoModel
+    try:
+        with quiet_transformers():
+            model, info = builder.from_pretrained(
+                **_source(checkpoint),
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                experts_implementation="eager",
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises whatever the model's own code happens to raise
+        message = (
+            f"{checkpoint.name}: transformers cannot build the model ({_one_line(error)}). "
+            "Check that config.json belongs to the weights."
+        )
+        raise ModelError(message) from error
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(UNUSED))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        message = (
+            f"{checkpoint.name}: expected weight {missing[0]!r}{more}, found none in the checkpoint. "
+            "Download it again, or check that config.json belongs to it."
+        )
+        raise ModelError(message)
+    model.requires_grad_(requires_grad=False)
+    return LoadedModel(checkpoint.name, model.eval().to(device), causal, device)
+
+
+def release() -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' messages below "error" and its progress bars while inside."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return where `from_pretrained` finds the weights: the folder, or if file names are unusual the tensors."""
+    names = {checkpoint.index} if checkpoint.index else set(checkpoint.shards)
+    if names <= STANDARD_NAMES:
+        return {
+            "pretrained_model_name_or_path": checkpoint.folder,
+            "local_files_only": True,
+            "use_safetensors": True,
+        }
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
+
+
+def _each(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Function-preserving rescales: methods, plans, applying and proving them."""

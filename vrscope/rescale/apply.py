@@ -1,0 +1,63 @@
+"""Write the rescaled checkpoint: streamed, proved against its source, and only then put in place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vrscope.arch.binding import Binding
+from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.writer import rewrite
+from vrscope.progress import Progress
+from vrscope.rescale.plan import PLAN_FILE, RescalePlan
+from vrscope.rescale.scaling import check_plan, require_finite, scale_block, tensor_scales
+from vrscope.rescale.verify import prove
+
+if TYPE_CHECKING:
+    import torch
+
+
+def apply_plan(
+    checkpoint: Checkpoint, binding: Binding, plan: RescalePlan, out: Path, *, force: bool, progress: Progress
+) -> RescalePlan:
+    """Write `checkpoint` rescaled by `plan` to the folder `out`, and return the plan with the result's fingerprint.
+
+    The copy is proved tensor by tensor before it takes its place; if anything fails, nothing is left behind.
+
+    Raises
+    ------
+    PlanError
+        If the plan is for another checkpoint, or would leave the range of a stored type.
+    CheckpointError
+        If a weight is NaN or infinite.
+    VerificationError
+        If the written copy is not the source times the recorded scales.
+    OutputError
+        If `out` cannot be written, or must not be.
+    """
+    check_plan(plan, binding, checkpoint.fingerprint(), checkpoint.name)
+    scales = tensor_scales(binding, plan)
+    done = replace(plan, source=checkpoint.fingerprint())
+
+    def transform(info: TensorInfo, block: RowBlock) -> torch.Tensor:
+        require_finite(info, block)
+        scale = scales.get(info.name)
+        return block.values if scale is None else scale_block(info, block, scale)
+
+    def proof(copy: Checkpoint) -> None:
+        nonlocal done
+        prove(checkpoint, copy, binding, done, progress)
+        done = replace(done, result=copy.fingerprint())
+        (copy.folder / PLAN_FILE).write_text(done.to_json(), encoding="utf-8")
+
+    rewrite(
+        checkpoint,
+        out,
+        transform,
+        extra={PLAN_FILE: done.to_json()},
+        force=force,
+        prove=proof,
+        progress=progress,
+    )
+    return done

@@ -1,0 +1,225 @@
+"""A rescale as a small file: which checkpoint it is for, how it was chosen, and the scale of every space.
+
+All exact rescales are diagonal and commute, so whatever method chose them, a plan is one vector per space. Powers of
+two are stored as integer exponents, run-length encoded ("0x12 1 -1x3"); free scales as real factors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.errors import PlanError
+from vrscope.tables import write_text
+
+PLAN_FILE = "vrscope_plan.json"
+PLAN_VERSION = 1
+POW2, FREE = "pow2", "free"
+BIT_EQUAL, ROUNDED, NOT_EQUIVALENT = "bit-equal", "equal up to rounding", "not equivalent"
+_RUN = re.compile(r"(-?\d+)(?:x(\d+))?")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RescalePlan:
+    """The scales of a rescale, before or after it was applied.
+
+    Attributes
+    ----------
+    family
+        The declared architecture.
+    method, settings
+        How the scales were chosen.
+    scales
+        "pow2": `spaces` holds integer exponents k, the scale is 2**k. "free": it holds the real factors themselves.
+    spaces
+        Space name to an array of shape `(size,)`; a space that is not listed is left alone.
+    source, result
+        Fingerprints of the checkpoint the plan is for and, once it was applied, of what came out ("" before).
+    affine
+        For raw TVR only: tensor name to `(scale, shift)`, `w' = scale * w + shift`. Never function-preserving.
+    zeroed
+        For raw TVR only: biases that are set to zero.
+    """
+
+    family: str
+    method: str
+    settings: Mapping[str, Any]
+    scales: str
+    spaces: Mapping[str, NDArray[Any]]
+    source: str
+    result: str = ""
+    affine: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    zeroed: tuple[str, ...] = ()
+
+    @property
+    def equivalent(self) -> str:
+        """What the rescaled model computes: "bit-equal", "equal up to rounding" or "not equivalent"."""
+        if self.affine or self.zeroed:
+            return NOT_EQUIVALENT
+        return BIT_EQUAL if self.scales == POW2 else ROUNDED
+
+    @property
+    def changed(self) -> int:
+        """Number of scales that are not 1."""
+        neutral = 0 if self.scales == POW2 else 1.0
+        return sum(int(np.count_nonzero(values != neutral)) for values in self.spaces.values())
+
+    def inverse(self) -> RescalePlan:
+        """Return the plan that undoes this one.
+
+        Raises
+        ------
+        PlanError
+            If the plan is not function-preserving: what raw TVR drops cannot be brought back.
+        """
+        if self.equivalent == NOT_EQUIVALENT:
+            message = "the plan is raw TVR, which zeroes biases and shifts means: it has no inverse. Keep the original."
+            raise PlanError(message)
+        undo = np.negative if self.scales == POW2 else np.reciprocal
+        spaces = {name: undo(values) for name, values in self.spaces.items()}
+        settings = {**self.settings, "inverted": not self.settings.get("inverted", False)}
+        return replace(self, spaces=spaces, settings=settings, source=self.result, result=self.source)
+
+    def then(self, other: RescalePlan) -> RescalePlan:
+        """Return one plan that does this one and then `other`.
+
+        Raises
+        ------
+        PlanError
+            If the two are of different families, or `other` is for another checkpoint than this one makes.
+        """
+        if NOT_EQUIVALENT in {self.equivalent, other.equivalent} or self.family != other.family:
+            message = "only function-preserving plans of one family compose; apply them one after the other instead."
+            raise PlanError(message)
+        if self.result and other.source and self.result != other.source:
+            message = (
+                f"the second plan is for checkpoint {other.source[:12]}, but the first one makes {self.result[:12]}. "
+                "Plan the second on the output of the first."
+            )
+            raise PlanError(message)
+        scales = POW2 if self.scales == other.scales == POW2 else FREE
+        first, second = self._as(scales), other._as(scales)
+        spaces = dict(first)
+        for name, values in second.items():
+            if name in spaces:
+                spaces[name] = spaces[name] + values if scales == POW2 else spaces[name] * values
+            else:
+                spaces[name] = values
+        settings = {"first": dict(self.settings), "second": dict(other.settings)}
+        method = f"{self.method}+{other.method}"
+        return RescalePlan(self.family, method, settings, scales, spaces, self.source, other.result)
+
+    def _as(self, scales: str) -> Mapping[str, NDArray[Any]]:
+        if scales == self.scales:
+            return self.spaces
+        return {name: np.exp2(values.astype(np.float64)) for name, values in self.spaces.items()}
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text, one line per space."""
+        body = {
+            "vrscope_plan": PLAN_VERSION,
+            "family": self.family,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "equivalent": self.equivalent,
+            "scales": self.scales,
+            "source": self.source,
+            "result": self.result,
+            "affine": {name: list(pair) for name, pair in self.affine.items()},
+            "zeroed": list(self.zeroed),
+            "spaces": {name: _encode(values, self.scales) for name, values in self.spaces.items()},
+        }
+        return json.dumps(body, indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as a JSON file and return its path.
+
+        Raises
+        ------
+        OutputError
+            If the file cannot be written.
+        """
+        write_text(Path(path), self.to_json())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RescalePlan:
+        """Return the plan in a JSON file.
+
+        Raises
+        ------
+        PlanError
+            If the file is missing or is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            message = f"{path}: not a readable plan ({error}). Make one with `vrscope plan MODEL -o plan.json`."
+            raise PlanError(message) from error
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> RescalePlan:
+        """Return the plan in a JSON text; `where` names it in messages.
+
+        Raises
+        ------
+        PlanError
+            If the text is not a plan of this version.
+        """
+        try:
+            body = json.loads(text)
+            version = body["vrscope_plan"]
+            if version != PLAN_VERSION:
+                message = f"{where}: plan version {version!r}, expected {PLAN_VERSION}. Make the plan again."
+                raise PlanError(message)
+            scales = body["scales"]
+            if scales not in {POW2, FREE}:
+                message = f"{where}: scales {scales!r}, expected {POW2} or {FREE}."
+                raise PlanError(message)
+            return cls(
+                family=str(body["family"]),
+                method=str(body["method"]),
+                settings=dict(body["settings"]),
+                scales=scales,
+                spaces={str(name): _decode(values, scales) for name, values in body["spaces"].items()},
+                source=str(body["source"]),
+                result=str(body["result"]),
+                affine={str(name): (float(a), float(b)) for name, (a, b) in body["affine"].items()},
+                zeroed=tuple(str(name) for name in body["zeroed"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            message = f"{where}: not a vrscope plan ({type(error).__name__}: {error}). Make one with `vrscope plan`."
+            raise PlanError(message) from error
+
+
+def _encode(values: NDArray[Any], scales: str) -> str | list[float]:
+    if scales == FREE:
+        return [float(value) for value in values]
+    edges = np.flatnonzero(np.diff(values)) + 1
+    runs = zip(np.split(values, edges), strict=True) if len(values) else ()
+    return " ".join(f"{int(run[0])}x{len(run)}" if len(run) > 1 else f"{int(run[0])}" for (run,) in runs)
+
+
+def _decode(text: str | list[float], scales: str) -> NDArray[Any]:
+    if scales == FREE:
+        factors = np.asarray(text, np.float64)
+        if factors.ndim != 1 or not np.all(np.isfinite(factors) & (factors > 0)):
+            message = "factors must be finite and positive"
+            raise ValueError(message)
+        return factors
+    runs = []
+    for word in str(text).split():
+        match = _RUN.fullmatch(word)
+        if match is None or int(match[2] or 1) > 10**8 or abs(int(match[1])) > 1000:
+            message = f"{word[:20]!r} is not an exponent"
+            raise ValueError(message)
+        runs.append(np.full(int(match[2] or 1), int(match[1]), np.int64))
+    return np.concatenate(runs) if runs else np.zeros(0, np.int64)

@@ -1,0 +1,144 @@
+"""From a method to a plan: choose, round to powers of two, clamp, and leave out what the stored type cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.arch.binding import Binding
+from vrscope.arch.roles import LINEAR
+from vrscope.arch.spaces import by_tensor
+from vrscope.checkpoint.source import Checkpoint
+from vrscope.executors import Executor
+from vrscope.progress import Progress
+from vrscope.rescale.methods import MethodOptions, Situation, get_method
+from vrscope.rescale.plan import POW2, RescalePlan
+from vrscope.rescale.profile import Profile, profile_weights
+from vrscope.rescale.scaling import out_of_range, tensor_scales, window_of
+
+RAW_THRESHOLD = 1.2  # std / target above which the reference rescales
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    binding: Binding,
+    method: str,
+    options: MethodOptions,
+    executor: Executor,
+    progress: Progress,
+) -> tuple[RescalePlan, Profile]:
+    """Return the plan a method makes for a checkpoint, and the weight profile it was made from.
+
+    With powers of two, channels whose weights would leave the normal range of their stored type keep the scale 1; the
+    settings count them as `left_out`.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such method.
+    CheckpointError
+        If weights are NaN or infinite.
+    """
+    entry = get_method(method)
+    profile = profile_weights(checkpoint, binding, executor, progress)
+    situation = Situation(binding, profile, options)
+    settings = {name: value for name, value in asdict(options).items() if name in entry.uses}
+    fingerprint = checkpoint.fingerprint()
+    if options.raw and "raw" in entry.uses:
+        affine, zeroed = _raw_tvr(situation, checkpoint)
+        plan = RescalePlan(binding.family, method, settings, POW2, {}, fingerprint, affine=affine, zeroed=zeroed)
+        return plan, profile
+    chosen = {name: np.clip(values, -options.limit, options.limit) for name, values in entry.choose(situation).items()}
+    if options.scales != POW2:
+        spaces = {name: np.exp2(values) for name, values in chosen.items()}
+        return RescalePlan(binding.family, method, settings, options.scales, spaces, fingerprint), profile
+    whole = {name: np.rint(values).astype(np.int64) for name, values in chosen.items()}
+    plan = RescalePlan(binding.family, method, settings, POW2, whole, fingerprint)
+    plan, left_out = _within_range(checkpoint, binding, plan, profile)
+    if left_out:
+        settings["left_out"] = left_out
+    return plan, profile
+
+
+def _raw_tvr(situation: Situation, checkpoint: Checkpoint) -> tuple[dict[str, tuple[float, float]], tuple[str, ...]]:
+    """Return scale and shift of every matrix over the threshold, and the biases the reference zeroes."""
+    affine, zeroed = {}, []
+    for tensor, parts in situation.profile.slices.items():
+        role, info = situation.binding.roles[tensor], situation.profile.infos[tensor]
+        if role.kind != LINEAR or role.layer is None or len(info.shape) != 2:
+            continue
+        part = next(iter(parts.values()))
+        mean = float(part.total.sum()) / info.numel
+        std = float(np.sqrt(max(float(part.square.sum()) / info.numel - mean * mean, 0.0)))
+        target = situation.options.target_std
+        if situation.options.depth_scaled:
+            target /= float(np.sqrt(role.layer + 1))
+        if std / target > RAW_THRESHOLD:
+            affine[tensor] = (target / std, mean - mean * target / std)
+            bias = tensor.removesuffix(".weight") + ".bias"
+            if tensor.endswith(".weight") and bias in checkpoint.tensors:
+                zeroed.append(bias)
+    return affine, tuple(zeroed)
+
+
+def _within_range(
+    checkpoint: Checkpoint, binding: Binding, plan: RescalePlan, profile: Profile
+) -> tuple[RescalePlan, int]:
+    """Return the plan with every scale set to 1 that would push a weight out of range, and how many those were."""
+    spaces = {name: values.copy() for name, values in plan.spaces.items()}
+    left_out = 0
+    while True:
+        current = RescalePlan(plan.family, plan.method, plan.settings, POW2, spaces, plan.source)
+        harmful = _harmful(checkpoint, binding, current, profile)
+        if not harmful:
+            return current, left_out
+        for name, scales in harmful.items():
+            left_out += int(np.count_nonzero(spaces[name][scales]))
+            spaces[name][scales] = 0
+
+
+def _harmful(
+    checkpoint: Checkpoint, binding: Binding, plan: RescalePlan, profile: Profile
+) -> Mapping[str, NDArray[np.int64]]:
+    """Return for each space the scales that, together with others, push a weight out of the range of its type."""
+    import torch
+
+    found: dict[str, list[NDArray[np.int64]]] = {}
+    uses = by_tensor(binding.spaces)
+    for tensor, scale in tensor_scales(binding, plan).items():
+        info = profile.infos[tensor]
+        if _surely_in_range(profile, tensor, scale.exponents):
+            continue
+        for block in checkpoint.row_blocks(tensor):
+            work = block.values.to(torch.float64)
+            for window in scale.window(info, block):
+                work = work * torch.from_numpy(np.ldexp(1.0, window))
+            bad = out_of_range(block.values, work, work.to(block.values.dtype)).numpy()
+            if not bad.any():
+                continue
+            for space, term in uses[tensor]:
+                values = plan.spaces.get(space.name)
+                if values is None:
+                    continue
+                ids = np.broadcast_to(window_of(term.index, info, block), bad.shape)[bad]
+                ids = np.unique(ids[ids >= 0])
+                moved = ids[values[ids] != 0]
+                if moved.size:
+                    found.setdefault(space.name, []).append(moved)
+    return {name: np.unique(np.concatenate(ids)) for name, ids in found.items()}
+
+
+def _surely_in_range(profile: Profile, tensor: str, exponents: tuple[NDArray[np.int64], ...]) -> bool:
+    """Whether the extremes of a tensor stay in range even if the extremes of all its scales met in one element."""
+    import torch
+
+    from vrscope.checkpoint.layout import torch_dtype
+
+    limits = torch.finfo(torch_dtype(profile.infos[tensor]))
+    low = sum(int(array.min(initial=0)) for array in exponents)
+    high = sum(int(array.max(initial=0)) for array in exponents)
+    top, bottom = np.ldexp(profile.largest(tensor), high), np.ldexp(profile.smallest[tensor], low)
+    return bool(top <= limits.max and bottom >= limits.smallest_normal)

@@ -1,0 +1,208 @@
+"""What a plan does to one tensor: its row, column and element scales, applied to one row block at a time.
+
+`W' = diag(r) W diag(c)`: every space contributes an array that broadcasts against the tensor. Powers of two only move
+exponents, so they are exact unless a value leaves the normal range of its type; that is checked on every element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.arch.binding import Binding
+from vrscope.arch.spaces import by_tensor
+from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.errors import CheckpointError, PlanError
+from vrscope.rescale.plan import POW2, RescalePlan
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorScale:
+    """The scales of one tensor.
+
+    Attributes
+    ----------
+    exponents
+        Integer arrays that broadcast against the tensor; the element's exponent is their sum.
+    factors
+        The same with real factors, whose product counts; one of the two is empty.
+    one_plus
+        The stored value is a gain minus one: `w' = (1 + w) s - 1`.
+    affine
+        `(scale, shift)` of raw TVR, or None.
+    """
+
+    exponents: tuple[NDArray[np.int64], ...] = ()
+    factors: tuple[NDArray[np.float64], ...] = ()
+    one_plus: bool = False
+    affine: tuple[float, float] | None = None
+
+    def window(self, info: TensorInfo, block: RowBlock) -> list[NDArray[Any]]:
+        """Return the arrays of `exponents` or `factors` cut to a block and shaped to broadcast against it."""
+        return [window_of(array, info, block) for array in (*self.exponents, *self.factors)]
+
+
+def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock) -> NDArray[Any]:
+    """Return an array that broadcasts against a tensor, cut to a block and shaped to broadcast against it."""
+    rows, columns = block.values.shape
+    if len(info.shape) <= 1:
+        flat = array.reshape(1, -1)
+        return flat if flat.shape[1] == 1 else flat[:, block.first_column : block.first_column + columns]
+    cut = array if array.shape[0] == 1 else array[block.first_row : block.first_row + rows]
+    if all(size == 1 for size in cut.shape[1:]):
+        return cut.reshape(-1, 1)
+    return np.broadcast_to(cut, (cut.shape[0], *info.shape[1:])).reshape(cut.shape[0], -1)
+
+
+def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]:
+    """Return the scales of every tensor that a plan changes.
+
+    Raises
+    ------
+    PlanError
+        If the plan names a space the checkpoint does not have, or of another size.
+    """
+    known = {space.name: space for space in binding.spaces}
+    for name, values in plan.spaces.items():
+        if name not in known:
+            why = dict(binding.rigid).get(name)
+            reason = f"cannot be scaled: {why}" if why else f"is not a space of family {binding.family!r}"
+            message = f"plan: {name!r} {reason}. Make the plan for this checkpoint with `vrscope plan`."
+            raise PlanError(message)
+        if len(values) != known[name].size:
+            message = f"plan: {name!r} has {len(values)} scales, expected {known[name].size}. Make the plan again."
+            raise PlanError(message)
+    scales: dict[str, TensorScale] = {}
+    for tensor, uses in by_tensor(binding.spaces).items():
+        arrays: list[NDArray[Any]] = []
+        for space, term in uses:
+            chosen = plan.spaces.get(space.name)
+            neutral = 0 if plan.scales == POW2 else 1.0
+            if chosen is not None and np.any(chosen != neutral):
+                powered = chosen * term.power if plan.scales == POW2 else chosen**term.power
+                arrays.append(np.append(powered, neutral)[term.index])
+        if arrays:
+            one_plus = any(term.stored == "1+w" for _, term in uses)
+            if one_plus and plan.scales == POW2:
+                message = f"plan: {tensor} stores its gain minus one, which a power of two rounds. Use --scales free."
+                raise PlanError(message)
+            exact = plan.scales == POW2
+            scales[tensor] = TensorScale(tuple(arrays) if exact else (), () if exact else tuple(arrays), one_plus)
+    for tensor, pair in plan.affine.items():
+        scales[tensor] = TensorScale(affine=pair)
+    for tensor in plan.zeroed:
+        scales[tensor] = TensorScale(affine=(0.0, 0.0))
+    return scales
+
+
+def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor:
+    """Return the scaled values of a block, in the stored dtype and shape.
+
+    Raises
+    ------
+    PlanError
+        If a power of two pushes an element out of the normal range of the stored type.
+    """
+    import torch
+
+    values = block.values
+    if scale.exponents:
+        work = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+        for window in scale.window(info, block):
+            work = work * torch.from_numpy(np.ldexp(1.0, window)).to(work.dtype)
+        stored = work.to(values.dtype)
+        if not in_range(values, work, stored):
+            message = (
+                f"{info.name} ({info.shard}): a power of two would push weights out of the normal range of "
+                f"{info.dtype}, so the result would not be exact. Plan with a smaller --limit, or store it as BF16."
+            )
+            raise PlanError(message)
+        return stored
+    wide = values.to(torch.float64)
+    if scale.affine is not None:
+        wide = wide * scale.affine[0] + scale.affine[1]
+    else:
+        wide = wide + 1.0 if scale.one_plus else wide
+        for window in scale.window(info, block):
+            wide = wide * torch.from_numpy(np.ascontiguousarray(window))
+        wide = wide - 1.0 if scale.one_plus else wide
+    stored = wide.to(values.dtype)
+    if not bool(torch.isfinite(stored.to(torch.float32)).all()):
+        message = f"{info.name} ({info.shard}): a scale overflows {info.dtype}. Plan again with a smaller --limit."
+        raise PlanError(message)
+    return stored
+
+
+def in_range(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Return whether storing lost nothing and made no new subnormal; `exact` is float32 or float64."""
+    return not bool(out_of_range(before, exact, stored).any())
+
+
+def out_of_range(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Return a mask of the elements that storing changed, or made subnormal."""
+    import torch
+
+    tiny = torch.finfo(stored.dtype).smallest_normal
+    back = stored.to(exact.dtype)
+    lost = (back != exact) | ~torch.isfinite(back)
+    newly = (back.abs() < tiny) & (before.to(exact.dtype).abs() >= tiny)
+    return lost | newly
+
+
+def require_finite(info: TensorInfo, block: RowBlock) -> None:
+    """Refuse a block with NaN or infinity: no scale can be chosen for it or proved on it.
+
+    Raises
+    ------
+    CheckpointError
+        If an element is not finite.
+    """
+    import torch
+
+    if not info.is_float:
+        return
+    values = block.values
+    wide = values if values.dtype in {torch.float32, torch.float64, torch.bfloat16, torch.float16} else values.float()
+    # x - x is 0 for finite x and NaN otherwise; the sum tells in one pass
+    if not bool(torch.isfinite(wide).all()):
+        message = (
+            f"{info.name} ({info.shard}): has NaN or infinite weights, so it is not rescaled. "
+            "`vrscope analyze` counts them per tensor."
+        )
+        raise CheckpointError(message)
+
+
+def check_plan(plan: RescalePlan, binding: Binding, fingerprint: str, name: str) -> None:
+    """Refuse a plan that was made for another checkpoint.
+
+    Raises
+    ------
+    PlanError
+        If family or fingerprint differ.
+    """
+    if plan.family != binding.family:
+        message = f"plan: made for family {plan.family!r}, but {name} is {binding.family!r}. Make a plan for it."
+        raise PlanError(message)
+    if plan.source and plan.source != fingerprint:
+        which = ", which is what it makes; did you mean --invert?" if plan.result == fingerprint else "."
+        message = (
+            f"plan: made for checkpoint {plan.source[:12]}, but {name} is {fingerprint[:12]}{which} "
+            "Make a plan for this checkpoint with `vrscope plan`."
+        )
+        raise PlanError(message)
+
+
+def merged(scales: Mapping[str, TensorScale], info: TensorInfo) -> NDArray[np.int64]:
+    """Return the element exponents of a tensor as one array that broadcasts against it (0 where it is unscaled)."""
+    scale = scales.get(info.name)
+    total: NDArray[np.int64] = np.zeros([1] * max(len(info.shape), 1), np.int64)
+    for array in scale.exponents if scale is not None else ():
+        total = total + array
+    return total

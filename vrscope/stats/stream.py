@@ -1,0 +1,89 @@
+"""Runs a function over the row blocks of many tensors, on any executor, with results in the stored order.
+
+The calling thread reads, the executor's threads compute, and at most a few blocks are in memory at a time. As results
+are merged in the stored order, they do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.executors import Executor, Serial
+from vrscope.progress import Progress, silent
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """How blocks are read and where they are worked on.
+
+    Attributes
+    ----------
+    executor
+        Runs the work.
+    progress
+        Is told of bytes read.
+    stage
+        What to call the work, in words.
+    block_bytes
+        Aimed size of a block; results do not depend on it.
+    """
+
+    executor: Executor = Serial()
+    progress: Progress = silent
+    stage: str = "statistics"
+    block_bytes: int = 4 << 20
+
+
+def stream(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    function: Callable[[TensorInfo, RowBlock], Part],
+    how: Streaming,
+) -> Iterator[tuple[str, Iterator[Part]]]:
+    """Yield each name with the results of its blocks, first block first; tensors without elements have none.
+
+    The results of one name must be used up before the next name is asked for.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor cannot be read.
+    """
+    chosen = list(names)
+    total = sum(checkpoint.tensors[name].size_bytes for name in chosen)
+    results = _results(checkpoint, chosen, function, how)
+    ahead = next(results, None)
+    done = 0
+
+    def parts(name: str) -> Iterator[Part]:
+        nonlocal ahead, done
+        while ahead is not None and ahead[0] == name:
+            _, size, part = ahead
+            yield part
+            done += size
+            how.progress(how.stage, done, total, "bytes")
+            ahead = next(results, None)
+
+    for name in chosen:
+        yield name, parts(name)
+
+
+def _results(
+    checkpoint: Checkpoint,
+    names: list[str],
+    function: Callable[[TensorInfo, RowBlock], Part],
+    how: Streaming,
+) -> Iterator[tuple[str, int, Part]]:
+    """Yield the name, size in bytes and result of every block."""
+
+    def work(item: tuple[str, RowBlock]) -> tuple[str, int, Part]:
+        name, block = item
+        return name, block.values.nbytes, function(checkpoint.tensors[name], block)
+
+    blocks = ((name, block) for name in names for block in checkpoint.row_blocks(name, how.block_bytes))
+    return iter(how.executor.map(work, blocks))

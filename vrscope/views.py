@@ -1,0 +1,241 @@
+"""What each result looks like in a terminal: which columns of which table, in which order, rounded how.
+
+Everything here is display: numbers come from the tables of a `Report` and nothing is computed but counts and extremes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vrscope.console import emit, escape, print_table, say
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from vrscope.tables import Report
+
+_WORST = 10  # rows of the short form of a long table
+_MARKS = {"good": ("+", "green"), "note": ("-", ""), "bad": ("!", "bold red")}
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A column as it is shown: its name in the table, its heading, its format, and the column of its standard error."""
+
+    name: str
+    heading: str
+    style: str = ""
+    error: str = ""
+
+
+_DAMAGE = (
+    Shown("format", "format"),
+    Shown("checkpoint", "checkpoint"),
+    Shown("kl", "KL (nats)", ".4f", "kl_sem"),
+    Shown("top1", "top-1 agreement", ".4f", "top1_sem"),
+    Shown("perplexity", "perplexity", ".3f", "perplexity_sem"),
+    Shown("perplexity_ratio", "ratio", ".4f", "perplexity_ratio_sem"),
+    Shown("relative_error", "relative error", ".4f", "relative_error_sem"),
+    Shown("cosine", "cosine", ".5f", "cosine_sem"),
+)
+_DEPTH_LAW = (
+    Shown("role", "role"),
+    Shown("layers", "layers", ".0f"),
+    Shown("exponent_p", "p in std ~ l^-p", ".3f", "exponent_sem"),
+    Shown("sigma_1", "std at l = 1", ".4g"),
+    Shown("r_squared", "R2", ".2f"),
+)
+_TENSORS = (
+    Shown("tensor", "tensor"),
+    Shown("shape", "shape"),
+    Shown("std", "std", ".4g"),
+    Shown("kurtosis_excess", "excess kurtosis", ".3g"),
+    Shown("absmax", "largest |w|", ".4g"),
+    Shown("outlier_share_6sigma", "beyond 6 sigma", ".2g"),
+    Shown("tvr_ratio", "std / target", ".3g"),
+    Shown("stable_rank", "stable rank", ".4g"),
+    Shown("nan_count", "NaN", ".0f"),
+    Shown("inf_count", "Inf", ".0f"),
+)
+_SPACES = (
+    Shown("space", "space"),
+    Shown("rule", "rule"),
+    Shown("size", "channels", ".0f"),
+    Shown("changed", "changed", ".0f"),
+    Shown("exponent_min", "lowest k", "g"),
+    Shown("exponent_max", "highest k", "g"),
+    Shown("imbalance_before", "imbalance before", ".3f"),
+    Shown("imbalance_after", "after", ".3f"),
+    Shown("note", "note"),
+)
+_REACH = (
+    Shown("format", "format"),
+    Shown("can_change", "can change"),
+    Shown("tensors_changed", "tensors", ".0f"),
+    Shown("tensors_total", "of", ".0f"),
+    Shown("reason", "why"),
+)
+_PROOF = (Shown("check", "check"), Shown("result", "result"), Shown("detail", "detail"))
+
+
+def show_report(report: Report, everything: bool = False) -> None:
+    """Print the findings, then the tables a reader wants first; `everything` prints long tables whole."""
+    show_findings(report)
+    for name, title, view in _VIEWS:
+        if name in report.tables and len(report.tables[name]):
+            view(title, report.tables[name], everything)
+
+
+def show_findings(report: Report) -> None:
+    """Print the verdict, after a warning nobody can miss if the two checkpoints are not the same function."""
+    from rich.text import Text
+
+    from vrscope.rescale.plan import NOT_EQUIVALENT
+
+    if report.provenance.get("equivalent") == NOT_EQUIVALENT:
+        warn_not_equivalent()
+    for finding in report.verdict:
+        mark, style = _MARKS.get(finding.get("level", "note"), _MARKS["note"])
+        emit(Text(f"{mark} {escape(finding.get('text', ''))}", style=style))
+
+
+def warn_not_equivalent() -> None:
+    """Print the label that every result of the raw TVR formula carries."""
+    from rich.text import Text
+
+    emit(
+        Text("NOT EQUIVALENT: the rescaled checkpoint does not compute the function of the original.", style="bold red")
+    )
+
+
+def show_rescale(equivalent: str, changed: int) -> None:
+    """Print in one line what a rescaled checkpoint computes; a warning if that is not the same function."""
+    from vrscope.rescale.plan import BIT_EQUAL, NOT_EQUIVALENT
+
+    if equivalent == NOT_EQUIVALENT:
+        warn_not_equivalent()
+    else:
+        proof = "the same function, bit for bit" if equivalent == BIT_EQUAL else f"the same function, {equivalent}"
+        say(f"{changed} scales moved: {proof}")
+
+
+def show_listing(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print what is supported, one line each."""
+    print_table("", headings, rows)
+
+
+def _show(title: str, frame: pd.DataFrame, columns: Sequence[Shown]) -> None:
+    """Print the columns that exist and hold at least one value."""
+    kept = [c for c in columns if c.name in frame.columns and frame[c.name].notna().any()]
+    records = frame.to_dict(orient="records")
+    rows = [[_cell(record, column) for column in kept] for record in records]
+    print_table(title, [c.heading for c in kept], rows, right=[c.heading for c in kept if c.style])
+
+
+def _cell(record: dict[Any, Any], column: Shown) -> str:
+    value = record[column.name]
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not column.style:
+        return str(value)
+    text = format(value, column.style)
+    error = record.get(column.error)
+    return text if error is None or error != error else f"{text} ± {format(error, column.style)}"
+
+
+def _damage(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    del everything
+    first_seen = {name: place for place, name in enumerate(dict.fromkeys(frame["format"]))}
+    ordered = frame.assign(_place=frame["format"].map(first_seen)).sort_values("_place", kind="stable")
+    _show(title, ordered, _DAMAGE)
+
+
+def _weight_error(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    keys = [name for name in ("format", "checkpoint") if name in frame.columns]
+    if everything:
+        names = (*keys, "tensor", "sqnr_db", "relative_error", "max_error")
+        _show(title, frame, tuple(Shown(n, n, ".4g" if n in names[-3:] else "") for n in names))
+        return
+    summary = frame.groupby(keys, sort=False, as_index=False).agg(
+        tensors=("sqnr_db", "size"), lowest=("sqnr_db", "min"), median=("sqnr_db", "median")
+    )
+    columns = (
+        *(Shown(key, key) for key in keys),
+        Shown("tensors", "tensors", ".0f"),
+        Shown("lowest", "lowest SQNR (dB)", ".2f"),
+        Shown("median", "median SQNR (dB)", ".2f"),
+    )
+    _show(title, summary, columns)
+
+
+def _tensors(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    for name in ("nan_count", "inf_count"):  # columns of zeros tell nothing
+        if name in frame.columns and not frame[name].fillna(0).any():
+            frame = frame.drop(columns=name)
+    if everything or len(frame) <= _WORST:
+        _show(title, frame, _TENSORS)
+        return
+    worst = frame.sort_values("kurtosis_excess", ascending=False, na_position="last").head(_WORST)
+    _show(
+        f"{title}: the {_WORST} of {len(frame)} with the largest excess kurtosis (--all shows every one)",
+        worst,
+        _TENSORS,
+    )
+
+
+def _spaces(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    if everything:
+        _show(title, frame, _SPACES)
+        return
+    summary = frame.groupby("rule", sort=False, as_index=False).agg(
+        space=("space", "size"),
+        size=("size", "sum"),
+        changed=("changed", "sum"),
+        exponent_min=("exponent_min", "min"),
+        exponent_max=("exponent_max", "max"),
+        imbalance_before=("imbalance_before", "median"),
+        imbalance_after=("imbalance_after", "median"),
+        note=("note", _only),
+    )
+    columns = (_SPACES[1], Shown("space", "spaces", ".0f"), *_SPACES[2:])
+    _show(f"{title}, by rule (medians; --all shows every space)", summary, columns)
+
+
+def _unreachable(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    if everything:
+        _show(title, frame, (Shown("space", "space"), Shown("reason", "why")))
+        return
+    summary = frame.groupby("reason", sort=False, as_index=False).agg(first=("space", "first"), count=("space", "size"))
+    _show(title, summary, (Shown("count", "spaces", ".0f"), Shown("first", "for example"), Shown("reason", "why")))
+
+
+def _only(values: pd.Series) -> str:
+    """Return the one text all rows share, or nothing."""
+    distinct = {str(value) for value in values if value is not None and value == value}
+    return distinct.pop() if len(distinct) == 1 else ""
+
+
+def _whole(columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, bool], None]:
+    """Return a view that shows every row."""
+
+    def view(title: str, frame: pd.DataFrame, everything: bool) -> None:
+        del everything
+        _show(title, frame, columns)
+
+    return view
+
+
+_VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] = (
+    ("proof", "Proof", _whole(_PROOF)),
+    ("damage", "Damage of the whole model, against the original unquantized one", _damage),
+    ("weight_error", "Error of the quantized weights", _weight_error),
+    ("spaces", "Scales chosen", _spaces),
+    ("unreachable", "Cannot be scaled", _unreachable),
+    ("reach", "What this plan can change", _whole(_REACH)),
+    ("depth_law", "Standard deviation by layer (LIR is p = 0.5, flat is p = 0)", _whole(_DEPTH_LAW)),
+    ("tensors", "Tensors", _tensors),
+)
