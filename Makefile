@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := vrscope tests tools benchmarks
+SOURCES := vrscope tests tools $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full lint format types layers readme reports bench constraints check clean
@@ -50,7 +50,7 @@ reports: $(VENV)/.test  ## make the demo's report and its picture again
 	$(BIN)/python tools/screenshot.py reports/demo/report.html reports/demo.png
 
 bench: $(VENV)/.test  ## the benchmarks
-	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+	for script in $(wildcard benchmarks/*.py); do $(BIN)/python "$$script" || exit 1; done
 
 constraints: $(VENV)/.dev $(VENV)/.test  ## write constraints.txt from what is installed
 	$(BIN)/python tools/constraints.py > constraints.new && mv constraints.new constraints.txt
@@ -67,10 +67,12 @@ $(BIN)/python:
 	  { rm -rf $(VENV); echo "'$(PYTHON)' cannot make a virtual environment; install its venv module." >&2; exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes some minutes"
 	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes some minutes"
 	$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/.installed
 

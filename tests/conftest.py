@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,23 +49,27 @@ def _real_checkpoint(name: str) -> Path:
 
 
 def _fetch(script: Path, name: str, folder: Path) -> Path:
-    """Run the fetch script into a folder of our own, then rename: parallel test processes may meet here."""
-    staging = folder.with_name(f"{name}.{os.getpid()}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Run the fetch script; one test process at a time, and the folder appears only when it is complete."""
+    staging = folder.with_name(f"{name}.part")
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    try:
-        done = subprocess.run(
-            [sys.executable, script, name, staging],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_FETCH_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{name} could not be fetched within {_FETCH_SECONDS} s")
-    if done.returncode != 0:
-        pytest.skip(f"{name} could not be fetched: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
-    if not folder.exists():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            done = subprocess.run(
+                [sys.executable, script, name, staging],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=_FETCH_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{name} could not be fetched within {_FETCH_SECONDS} s")
+        if done.returncode != 0 or not (staging / "model.safetensors").is_file():
+            pytest.skip(f"{name} could not be fetched: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
         staging.rename(folder)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +30,7 @@ FORMATS = {
     "int8-row": (0.0027, 0.9931, 38.2),
 }
 MOVED = {"nf4": 0.94, "nf4-dq": 0.93, "fp4": 0.97, "int4-g64": 0.96}
-HOSTILE = '<script>alert(1)</script>"\'&--><img src=x onerror=alert(2)>]]>😀${7*7}{{7*7}}\u202e\u2028$\\frac$\x00\x1b'
+HOSTILE = "<script>alert(1)</script>\"'&--><img src=x onerror=alert(2)>]]>😀${7*7}{{7*7}}\u202e\u2028$\\frac$\x00\x1b"
 
 MEANINGS = {
     "std": ("", "Population standard deviation of the weights."),
@@ -41,19 +42,14 @@ MEANINGS = {
     "perplexity_ratio": ("factor", "Perplexity over that of the unquantized original."),
     "exponent_p": ("", "p in std ~ layer^-p, layers counted from 1."),
 }
-STATS = (
-    "count size_bytes mean std variance skewness kurtosis_excess absmax abs_q50 abs_q99 abs_q999 abs_q9999 "
-    "outlier_share_4sigma outlier_share_6sigma zero_share nan_count inf_count row_absmax_spread column_absmax_spread "
-    "frobenius_norm tvr_ratio"
-).split()
 
 
 def tensor_row(name: str, role: str, layer: int | None, kind: str, shape: tuple[int, ...], std: float) -> dict:
-    rng = np.random.default_rng(abs(hash_of(name)))
+    rng = np.random.default_rng(hash_of(name))
     count = math.prod(shape)
     heavy = float(rng.lognormal(0.2, 1.1)) * (8 if "down" in role and layer == 29 else 1) - 0.4
     absmax = std * (5 + 2.5 * math.log1p(max(heavy, 0)) + rng.random())
-    row = {
+    return {
         "tensor": name, "role": role, "layer": layer, "kind": kind, "dtype": "BF16", "shape": "x".join(map(str, shape)),
         "count": count, "size_bytes": 2 * count, "mean": float(rng.normal(0, std / 200)), "std": std,
         "variance": std**2, "skewness": float(rng.normal(0, 0.05)), "kurtosis_excess": heavy, "absmax": absmax,
@@ -64,11 +60,10 @@ def tensor_row(name: str, role: str, layer: int | None, kind: str, shape: tuple[
         "column_absmax_spread": float(rng.uniform(1.5, 9)), "frobenius_norm": std * math.sqrt(count),
         "tvr_ratio": std / 0.01,
     }  # fmt: skip
-    return row
 
 
 def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode("utf-8", "surrogatepass")[-7:], "little")
+    return zlib.crc32(text.encode())
 
 
 def tensors(layers: int = 30) -> pd.DataFrame:
@@ -77,9 +72,7 @@ def tensors(layers: int = 30) -> pd.DataFrame:
     for layer in range(layers):
         for role, (out, into, sigma, p) in LINEARS.items():
             std = sigma * (layer + 1) ** -p * float(rng.lognormal(0, 0.06))
-            rows.append(
-                tensor_row(f"model.layers.{layer}.{role}.weight", role, layer, "linear", (out, into), std)
-            )
+            rows.append(tensor_row(f"model.layers.{layer}.{role}.weight", role, layer, "linear", (out, into), std))
         for role, sigma in NORMS.items():
             std = sigma * (layer + 1) ** -0.3 * float(rng.lognormal(0, 0.1))
             rows.append(tensor_row(f"model.layers.{layer}.{role}.weight", role, layer, "norm", (576,), std))
@@ -135,12 +128,12 @@ def histograms(frame: pd.DataFrame, count: int = 8) -> pd.DataFrame:
     worst = frame.sort_values("kurtosis_excess", ascending=False).head(count)
     rows = []
     for record in worst.itertuples():
-        reach = record.absmax / record.std
-        edges = np.linspace(-reach, reach, 81)
+        edges = np.linspace(-8, 8, 102)
         rng = np.random.default_rng(3)
         values = rng.standard_t(4, size=60_000) / math.sqrt(2)
-        counts = np.histogram(np.clip(values, -reach, reach), edges)[0] * max(1, record.count // 60_000)
-        rows.append({"tensor": record.tensor, "edges": edges.tolist(), "counts": counts.tolist()})
+        counts = np.histogram(values, edges)[0] * max(1, record.count // 60_000)
+        bins = {"edges": edges.tolist(), "counts": counts.tolist()}
+        rows.append({"tensor": record.tensor, **bins, "below_count": len(rows), "above_count": 0})
     return pd.DataFrame(rows)
 
 
@@ -149,11 +142,24 @@ def spaces(layers: int = 30) -> pd.DataFrame:
     for layer in range(layers):
         for rule, size, changed in (("v.o", 192, True), ("up.down", 1536, True), ("q.k", 288, False)):
             rows.append({
-                "space": f"layers.{layer}.{rule}", "rule": rule, "layer": layer, "size": size, "changed": changed,
+                "space": f"model.layers.{layer}:{rule[0]}", "rule": rule, "layer": layer, "size": size,
+                "changed": size // 2 * changed,
                 "exponent_min": -2 if changed else 0, "exponent_max": 1 + layer % 3 if changed else 0,
                 "exponent_mean_abs": 0.4 if changed else 0.0, "imbalance_before": 1.6, "imbalance_after": 1.1,
                 "note": "" if changed else "already balanced to the nearest power of two",
             })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def matrices(stats: pd.DataFrame) -> pd.DataFrame:
+    rows = [
+        {
+            "tensor": record.tensor, "role": record.role, "layer": record.layer, "std_before": record.std,
+            "std_after": record.std * (1.3 if record.role == "self_attn.o_proj" else 1.0), "target_std": math.nan,
+            "left": math.nan,
+        }
+        for record in stats[stats["kind"] == "linear"].itertuples()
+    ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -177,9 +183,9 @@ def reach() -> pd.DataFrame:
 
 def proof() -> pd.DataFrame:
     return pd.DataFrame([
-        {"check": "every tensor is the original times the recorded powers of two", "result": "passed", "detail": "272 of 272"},
-        {"check": "the exponents obey the declared spaces", "result": "passed", "detail": "90 spaces"},
-        {"check": "logits in float32, bit for bit", "result": "passed", "detail": "2,048 tokens, largest difference 0"},
+        {"check": "every tensor is the original times powers of two", "result": "bit-equal", "detail": "272 of 272"},
+        {"check": "the exponents obey the declared spaces", "result": "bit-equal", "detail": "90 spaces"},
+        {"check": "logits in float32, bit for bit", "result": "bit-equal", "detail": "2,048 tokens, difference 0"},
     ])  # fmt: skip
 
 
@@ -195,7 +201,8 @@ def run_report() -> Report:
     stats = tensors()
     tables = {
         "damage": damage(), "weight_error": weight_error(stats), "tensors": stats, "depth_law": depth_law(),
-        "histograms": histograms(stats), "spaces": spaces(), "unreachable": unreachable(), "reach": reach(),
+        "histograms": histograms(stats), "spaces": spaces(), "matrices": matrices(stats),
+        "unreachable": unreachable(), "reach": reach(),
         "proof": proof(),
     }  # fmt: skip
     verdict = (
@@ -210,6 +217,7 @@ def run_report() -> Report:
         "settings": {"method": "wisca", "granularity": "channel", "norm": "frobenius", "scales": "pow2",
                      "formats": list(FORMATS)},
         "text": "sample.txt (shipped)", "tokens": 2048, "window": 512, "machine": "x86_64 Linux", "cores": 2,
+        "notes": [],
         "device": "cpu", "dtype": "float32", "date": "2025-11-21T10:00:00+00:00", "seconds": 174.2,
         "equivalent": "bit-equal", "command": "vrscope run HuggingFaceTB/SmolLM2-135M -o out",
     }  # fmt: skip

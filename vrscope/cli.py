@@ -65,15 +65,17 @@ def demo(out: Path, force: bool, output: Output) -> None:
 @options.method_options
 @options.formats
 @options.text_options
+@options.revision
 @options.force
-@options.output("damage", "weight_error", "tensors", "depth_law", "spaces", "reach")
-def run(model: str, out: Path, output: Output, **settings: Any) -> None:
-    """Analyze, plan, rescale and measure, before and after: the main job."""
+@options.everything
+@options.output("damage", "weight_error", "tensors", "depth_law", "spaces", "matrices", "reach")
+def run(model: str, out: Path, everything: bool, output: Output, **settings: Any) -> None:
+    """Do the main job: analyze, plan, rescale, measure, report."""
     from vrscope import api
 
     with output.progress() as progress:
         report = api.run(model, out, progress=progress, **given(settings))
-    output.finish(report, wrote=[out / "report.html"])
+    output.finish(report, everything, wrote=[out / "report.html"])
 
 
 @commands.command(epilog=example(f"vrscope analyze {_MODEL} -o stats", f"vrscope analyze {_MODEL} --per head"))
@@ -81,12 +83,12 @@ def run(model: str, out: Path, output: Output, **settings: Any) -> None:
 @click.option("-o", "--out", type=_PATH, help="Folder for the page, CSV and JSON; without it, print only.")
 @click.option("--per", type=click.Choice(["channel", "head"]), help="Add a table of output channels or heads.")
 @click.option("--spectral", is_flag=True, help="Add the top singular value and the stable rank; takes longer.")
-@click.option("--target-std", type=float, help="Standard deviation that `tvr_ratio` compares with. [0.01]")
+@click.option("--target-std", type=options.POSITIVE, help="What `tvr_ratio` compares with. Default: 0.01.")
 @options.revision
 @options.everything
 @options.output("tensors", "depth_law", "channels", "heads")
 def analyze(model: str, out: Path | None, everything: bool, output: Output, **settings: Any) -> None:
-    """Describe the weights layer by layer: variance, kurtosis, outliers."""
+    """Describe the weights by layer: variance, kurtosis, outliers."""
     from vrscope import api
 
     with output.progress() as progress:
@@ -125,6 +127,7 @@ def plan(model: str, out: Path | None, everything: bool, output: Output, **setti
 @click.option("--plan", type=_PATH, metavar="FILE", help="What `vrscope plan -o` wrote, instead of method options.")
 @click.option("--invert", is_flag=True, help="Undo the plan: restores the tensors of the original byte for byte.")
 @options.method_options
+@options.revision
 @options.force
 @options.output()
 def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings: Any) -> None:
@@ -132,7 +135,7 @@ def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings
     from vrscope import api
 
     chosen = given(settings)
-    extra = sorted(chosen.keys() - {"force", "invert"})
+    extra = sorted(chosen.keys() - {"force", "invert", "revision"})
     if plan and extra:
         message = f"a plan holds its own settings; leave out --{extra[0].replace('_', '-')}."
         raise click.BadParameter(message, param_hint="--plan")
@@ -166,12 +169,14 @@ def verify(a: str, b: str, output: Output, **settings: Any) -> None:
 @click.option("-o", "--out", type=_PATH, help="Folder for the page, CSV and JSON; without it, print only.")
 @options.formats
 @options.text_options
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. [float32]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
+)
 @click.option("--weights-only", is_flag=True, help="Error of the weights alone; runs no model.")
 @options.everything
 @options.output("damage", "weight_error")
 def measure(model: str, others: tuple[str, ...], output: Output, **settings: Any) -> None:
-    """Measure what quantization costs, on the same tokens, side by side."""
+    """Measure what quantization costs, side by side on one text."""
     from vrscope import api
 
     out, everything = settings.pop("out"), settings.pop("everything")

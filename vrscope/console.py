@@ -41,12 +41,13 @@ def complain(text: str) -> None:
 def emit(*items: RenderableType) -> None:
     """Print rich tables and texts, with colours only on a terminal."""
     from rich.console import Console
+    from rich.text import Text
 
     terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=False, width=None if terminal else _PIPE_WIDTH)
+    console = Console(file=sys.stdout, highlight=False, width=None if terminal else _PIPE_WIDTH)
     with console.capture() as captured:  # written by this module, so that a closed pipe is handled in one place
         for item in items:
-            console.print(item)
+            console.print(item, soft_wrap=isinstance(item, Text))  # the terminal breaks sentences, a file keeps them
     rendered = captured.get()
     sys.stdout.write(rendered if terminal else "".join(f"{line.rstrip()}\n" for line in rendered.splitlines()))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,17 @@ class Rule:
     comparison: str
     bound: float
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that the rule names."""
+        return (self.column, *(name for name, _ in self.where))
+
+    def _require(self, name: str, kind: str, known: Iterable[str]) -> None:
+        names = list(known)
+        if name not in names:
+            message = f"{self.text!r}: no {kind} {name!r} here. Known: {', '.join(names) or 'none'}."
+            raise RuleError(message)
+
     def broken_rows(self, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         """Return the rows that satisfy the rule, none if it holds.
 
@@ -65,16 +76,10 @@ class Rule:
         """
         import pandas as pd
 
-        if self.table not in tables:
-            message = f"{self.text!r}: there is no table {self.table!r} here. Tables: {', '.join(tables) or 'none'}."
-            raise RuleError(message)
+        self._require(self.table, "table", tables)
         frame = tables[self.table]
-        for column in (self.column, *(name for name, _ in self.where)):
-            if column not in frame.columns:
-                message = f"{self.text!r}: table {self.table!r} has no column {column!r}. Columns: " + ", ".join(
-                    map(str, frame.columns)
-                )
-                raise RuleError(message)
+        for column in self.columns:
+            self._require(column, "column", frame.columns)
         for name, value in self.where:
             frame = frame[frame[name].astype(str) == value]
         try:
@@ -111,3 +116,40 @@ def parse_rule(text: str) -> Rule:
             raise RuleError(message)
         where.append((name, value))
     return Rule(text, table, column, tuple(where), comparison, bound)
+
+
+def check_names(rule: Rule, tables: Sequence[str]) -> None:
+    """Refuse a rule before any work, if it names a table that is not filled or a column that no table has.
+
+    Raises
+    ------
+    RuleError
+        With the names there are.
+    """
+    rule._require(rule.table, "table", tables)
+    for column in rule.columns:
+        rule._require(column, "column", _columns(rule.table))
+
+
+def _columns(table: str) -> list[str]:
+    from vrscope.quant.metrics import DAMAGE_COLUMNS
+    from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS
+    from vrscope.rescale.describe import MATRIX_COLUMNS, SPACE_COLUMNS
+    from vrscope.rescale.reach import REACH_COLUMNS
+    from vrscope.stats.depth_law import DEPTH_LAW_COLUMNS
+    from vrscope.stats.measure import SPECTRAL_COLUMNS, TENSOR_COLUMNS
+    from vrscope.stats.parts import CHANNEL_COLUMNS, HEAD_COLUMNS
+
+    known = {
+        "channels": CHANNEL_COLUMNS,
+        "damage": DAMAGE_COLUMNS,
+        "depth_law": DEPTH_LAW_COLUMNS,
+        "heads": HEAD_COLUMNS,
+        "matrices": MATRIX_COLUMNS,
+        "reach": REACH_COLUMNS,
+        "spaces": SPACE_COLUMNS,
+        "tensors": (*TENSOR_COLUMNS, *SPECTRAL_COLUMNS),
+        "weight_error": WEIGHT_ERROR_COLUMNS,
+    }
+    extra = ["checkpoint"] if table == "weight_error" else []
+    return extra + [column.name for column in known[table]]

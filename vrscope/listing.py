@@ -5,7 +5,7 @@ Each listing is `(headings, rows)`. It reads the tables themselves, so a new ent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vrscope.errors import UnknownNameError
@@ -13,7 +13,7 @@ from vrscope.errors import UnknownNameError
 if TYPE_CHECKING:
     from vrscope.quant.formats import ScaleScope
 
-Listing = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Listing = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
 
 def listing(kind: str) -> Listing:

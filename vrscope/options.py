@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vrscope import console
-from vrscope.gate import Rule, RuleError, parse_rule
+from vrscope.gate import Rule, RuleError, check_names, parse_rule
 
 if TYPE_CHECKING:
     from vrscope.progress import Progress
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 EXIT_RULE_BROKEN = 3
+POSITIVE = click.FloatRange(min=0, min_open=True)
 _METHOD_FIELDS = frozenset(
     ("granularity", "norm", "scales", "target_std", "depth_scaled", "raw", "seed", "limit"),  # of MethodOptions
 )
@@ -130,10 +131,9 @@ class _RuleType(click.ParamType[Any]):
             return value
         try:
             rule = parse_rule(value)
+            check_names(rule, self.tables)  # now, not after minutes of work
         except RuleError as error:
             self.fail(str(error), param, ctx)
-        if rule.table not in self.tables:
-            self.fail(f"{value!r}: no table {rule.table!r} here. Tables: {', '.join(self.tables)}.", param, ctx)
         return rule
 
 
@@ -185,7 +185,6 @@ def method_options(command: Command) -> Command:
         _check_method(given(settings))
         return command(*arguments, **settings)
 
-    positive = click.FloatRange(min=0, min_open=True)
     return _apply(
         [
             click.option(
@@ -207,7 +206,7 @@ def method_options(command: Command) -> Command:
                 help="Powers of two keep the function bit for bit; free factors round. Default: pow2.",
             ),
             click.option("--limit", type=click.IntRange(0, 30), help="Largest exponent of two. Default: 6."),
-            click.option("--target-std", type=positive, help="tvr: standard deviation to reach. Default: 0.01."),
+            click.option("--target-std", type=POSITIVE, help="tvr: standard deviation to reach. Default: 0.01."),
             click.option("--depth-scaled", is_flag=True, default=None, help="tvr: target / sqrt(layer), from 1."),
             click.option(
                 "--raw",

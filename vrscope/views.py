@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vrscope.tables import Report
 
 _WORST = 10  # rows of the short form of a long table
+_OUTCOME = frozenset(("damage", "reach"))
 _MARKS = {"good": ("+", "green"), "note": ("-", ""), "bad": ("!", "bold red")}
 
 
@@ -33,9 +34,9 @@ class Shown:
 _DAMAGE = (
     Shown("format", "format"),
     Shown("checkpoint", "checkpoint"),
-    Shown("kl", "KL (nats)", ".4f", "kl_sem"),
+    Shown("kl", "KL (nats)", ".4g", "kl_sem"),
     Shown("top1", "top-1 agreement", ".4f", "top1_sem"),
-    Shown("perplexity", "perplexity", ".3f", "perplexity_sem"),
+    Shown("perplexity", "perplexity", ".4g", "perplexity_sem"),
     Shown("perplexity_ratio", "ratio", ".4f", "perplexity_ratio_sem"),
     Shown("relative_error", "relative error", ".4f", "relative_error_sem"),
     Shown("cosine", "cosine", ".5f", "cosine_sem"),
@@ -62,13 +63,22 @@ _TENSORS = (
 _SPACES = (
     Shown("space", "space"),
     Shown("rule", "rule"),
-    Shown("size", "channels", ".0f"),
+    Shown("size", "scales", ".0f"),
     Shown("changed", "changed", ".0f"),
     Shown("exponent_min", "lowest k", "g"),
     Shown("exponent_max", "highest k", "g"),
     Shown("imbalance_before", "imbalance before", ".3f"),
     Shown("imbalance_after", "after", ".3f"),
     Shown("note", "note"),
+)
+_MATRICES = (
+    Shown("tensor", "tensor"),
+    Shown("role", "role"),
+    Shown("count", "tensors", ".0f"),
+    Shown("std_before", "std before", ".4g"),
+    Shown("std_after", "after", ".4g"),
+    Shown("target_std", "target", ".4g"),
+    Shown("left", "after / target", ".3g"),
 )
 _REACH = (
     Shown("format", "format"),
@@ -81,20 +91,26 @@ _PROOF = (Shown("check", "check"), Shown("result", "result"), Shown("detail", "d
 
 
 def show_report(report: Report, everything: bool = False) -> None:
-    """Print the findings, then the tables a reader wants first; `everything` prints long tables whole."""
+    """Print the findings, then the tables a reader wants first; `everything` prints all tables, and long ones whole.
+
+    Of the main job only the outcome is printed: its page and its files hold the rest.
+    """
     show_findings(report)
     for name, title, view in _VIEWS:
+        if report.kind == "run" and name not in _OUTCOME and not everything:
+            continue
         if name in report.tables and len(report.tables[name]):
             view(title, report.tables[name], everything)
 
 
 def show_findings(report: Report) -> None:
-    """Print the verdict, after a warning nobody can miss if the two checkpoints are not the same function."""
+    """Print the verdict; if the two checkpoints are not the same function, it says so whatever the findings say."""
     from rich.text import Text
 
     from vrscope.rescale.plan import NOT_EQUIVALENT
 
-    if report.provenance.get("equivalent") == NOT_EQUIVALENT:
+    said = any("NOT EQUIVALENT" in finding.get("text", "") for finding in report.verdict)
+    if report.provenance.get("equivalent") == NOT_EQUIVALENT and not said:
         warn_not_equivalent()
     for finding in report.verdict:
         mark, style = _MARKS.get(finding.get("level", "note"), _MARKS["note"])
@@ -144,14 +160,18 @@ def _cell(record: dict[Any, Any], column: Shown) -> str:
         return str(value)
     text = format(value, column.style)
     error = record.get(column.error)
-    return text if error is None or error != error else f"{text} ± {format(error, column.style)}"
+    return text if error is None or error != error else f"{text} ± {error:.2g}"
 
 
 def _damage(title: str, frame: pd.DataFrame, everything: bool) -> None:
     del everything
+    _show(title, _by_format(frame), _DAMAGE)
+
+
+def _by_format(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of one format after those of another, so that checkpoints stand side by side."""
     first_seen = {name: place for place, name in enumerate(dict.fromkeys(frame["format"]))}
-    ordered = frame.assign(_place=frame["format"].map(first_seen)).sort_values("_place", kind="stable")
-    _show(title, ordered, _DAMAGE)
+    return frame.sort_values("format", kind="stable", key=lambda names: names.map(first_seen))
 
 
 def _weight_error(title: str, frame: pd.DataFrame, everything: bool) -> None:
@@ -169,7 +189,7 @@ def _weight_error(title: str, frame: pd.DataFrame, everything: bool) -> None:
         Shown("lowest", "lowest SQNR (dB)", ".2f"),
         Shown("median", "median SQNR (dB)", ".2f"),
     )
-    _show(title, summary, columns)
+    _show(title, _by_format(summary), columns)
 
 
 def _tensors(title: str, frame: pd.DataFrame, everything: bool) -> None:
@@ -179,9 +199,10 @@ def _tensors(title: str, frame: pd.DataFrame, everything: bool) -> None:
     if everything or len(frame) <= _WORST:
         _show(title, frame, _TENSORS)
         return
-    worst = frame.sort_values("kurtosis_excess", ascending=False, na_position="last").head(_WORST)
+    linear = frame[frame["kind"] == "linear"] if (frame["kind"] == "linear").any() else frame
+    worst = linear.sort_values("kurtosis_excess", ascending=False, na_position="last").head(_WORST)
     _show(
-        f"{title}: the {_WORST} of {len(frame)} with the largest excess kurtosis (--all shows every one)",
+        f"{title}: of {len(linear)} linear weights the {_WORST} with the largest excess kurtosis (--all shows all)",
         worst,
         _TENSORS,
     )
@@ -203,6 +224,17 @@ def _spaces(title: str, frame: pd.DataFrame, everything: bool) -> None:
     )
     columns = (_SPACES[1], Shown("space", "spaces", ".0f"), *_SPACES[2:])
     _show(f"{title}, by rule (medians; --all shows every space)", summary, columns)
+
+
+def _matrices(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    if everything:
+        _show(title, frame, tuple(column for column in _MATRICES if column.name != "role"))
+        return
+    summary = frame.groupby("role", sort=False, as_index=False).agg(
+        count=("tensor", "size"),
+        **{name: (name, "median") for name in ("std_before", "std_after", "target_std", "left")},
+    )
+    _show(f"{title}, by role (medians)", summary, _MATRICES)
 
 
 def _unreachable(title: str, frame: pd.DataFrame, everything: bool) -> None:
@@ -234,6 +266,7 @@ _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] =
     ("damage", "Damage of the whole model, against the original unquantized one", _damage),
     ("weight_error", "Error of the quantized weights", _weight_error),
     ("spaces", "Scales chosen", _spaces),
+    ("matrices", "Standard deviations", _matrices),
     ("unreachable", "Cannot be scaled", _unreachable),
     ("reach", "What this plan can change", _whole(_REACH)),
     ("depth_law", "Standard deviation by layer (LIR is p = 0.5, flat is p = 0)", _whole(_DEPTH_LAW)),

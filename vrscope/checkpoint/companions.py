@@ -66,5 +66,5 @@ def _module_folders(folder: Path) -> set[str]:
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         return {module["path"] for module in modules} - {"", "."}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return set()

@@ -7,7 +7,6 @@ because a refusal has to name the shard, the tensor and the two numbers that dis
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +91,9 @@ def _fail(where: str, expected: str, found: str) -> CheckpointError:
 
 def _checked_length(prefix: bytes, size: int, shard: str) -> int:
     where = printable(shard)
+    if prefix == b"version ":
+        message = f"{where}: expected weights, found the pointer that git leaves in their place. Run `git lfs pull`."
+        raise CheckpointError(message)
     if len(prefix) < 8:
         raise _fail(where, "a safetensors file, which starts with the 8-byte length of its header", f"{size} bytes")
     length = int.from_bytes(prefix, "little")
@@ -139,15 +141,27 @@ def _tensor(name: str, entry: Any, shard: str, data_start: int) -> TensorInfo:
         raise _fail(where, "a shape of whole numbers from 0", printable(shape))
     if not _naturals(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise _fail(where, "data_offsets of two whole numbers, begin <= end", printable(offsets))
-    stored, bits = offsets[1] - offsets[0], DTYPE_BITS.get(dtype)
-    if bits is not None and math.prod(shape) * bits != stored * 8:
-        expected = f"{math.prod(shape) * bits / 8:,.10g} bytes for {dtype} of shape {printable(shape)}"
+    stored, bits, count = offsets[1] - offsets[0], DTYPE_BITS.get(dtype), _count(shape)
+    if count is None:
+        raise _fail(where, "a shape of fewer than 2^63 elements", printable(shape))
+    if bits is not None and count * bits != stored * 8:
+        expected = f"{count * bits / 8:,.10g} bytes for {dtype} of shape {printable(shape)}"
         raise _fail(where, expected, f"data_offsets that span {stored:,} bytes")
     return TensorInfo(name, dtype, tuple(shape), shard, data_start + offsets[0], data_start + offsets[1])
 
 
 def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _count(shape: list[int]) -> int | None:
+    """Return the number of elements; None where it overflows, before the product costs time."""
+    count = 1
+    for extent in shape:
+        count *= extent
+        if count >= 2**63:
+            return None
+    return count
 
 
 def _check_layout(tensors: list[TensorInfo], data_start: int, size: int, shard: str) -> None:

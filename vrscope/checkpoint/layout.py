@@ -158,7 +158,10 @@ def torch_dtype(info: TensorInfo) -> torch.dtype:
 
 def printable(text: object, limit: int = 200) -> str:
     """Return `text` on one line for a message: control characters escaped, the middle of an overlong name left out."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in str(text)
-    )
-    return shown if len(shown) <= limit else f"{shown[: limit // 2]}...{shown[-limit // 2 :]}"
+    try:
+        shown = str(text)
+    except RecursionError:
+        shown = f"a deeply nested {type(text).__name__}"
+    if len(shown) > limit:
+        shown = f"{shown[: limit // 2]}...{shown[-limit // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)

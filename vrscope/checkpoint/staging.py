@@ -74,8 +74,8 @@ def check_replaceable(target: Path, *, force: bool) -> None:
 def staged(target: Path, *, force: bool) -> Iterator[Path]:
     """Give a new hidden folder beside `target`; when the block ends well it takes the place of `target`.
 
-    The caller syncs the files it writes; the folders are synced here. When the block raises, also KeyboardInterrupt,
-    the hidden folder is removed and `target` is as before.
+    The caller syncs what it writes. When the block raises, also KeyboardInterrupt, the hidden folder is removed and
+    `target` is as before.
 
     Raises
     ------
@@ -88,6 +88,8 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
         with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target)
+        check_replaceable(target, force=force)
+        with output_errors(target):
             temporary.mkdir()
         yield temporary
         check_replaceable(target, force=force)
@@ -133,7 +135,11 @@ def _places_in_use() -> list[Path]:
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    """Put `temporary` at `target` in one step, then remove what was there."""
+    """Put `temporary` at `target` in one step, then remove what was there.
+
+    Where two folders cannot be exchanged in one step, a kill between two renames leaves the old one hidden; the next
+    run puts it back.
+    """
     old = temporary
     if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)  # replaces an empty folder, fails on any other

@@ -136,19 +136,18 @@ class _Writer:
     def text(self, name: str, text: str) -> None:
         """Write one file of text."""
         with self._new(name) as file, output_errors(self.target):
-            file.write(text.encode("utf-8"))
-            file.flush()
+            _write_all(file, text.encode("utf-8"))
             os.fsync(file.fileno())
 
     def _new(self, name: str) -> IO[bytes]:
         with output_errors(self.target):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("xb")
+            return path.open("xb", buffering=0)
 
     def _put(self, file: IO[bytes], data: bytes | memoryview) -> None:
         with output_errors(self.target):
-            file.write(data)
+            _write_all(file, data)
         self.done += len(data)
         self.progress("writing", self.done, self.total, "bytes")
 
@@ -160,10 +159,16 @@ class _Writer:
     def _finish(self, file: IO[bytes], original: Path) -> None:
         """Flush a copy to the disk, with the permissions of its original (and writable by its owner)."""
         with output_errors(self.target):
-            file.flush()
             with contextlib.suppress(PermissionError):  # some file systems have no permissions
                 os.fchmod(file.fileno(), stat.S_IMODE(original.stat().st_mode) | stat.S_IWUSR)
             os.fsync(file.fileno())
+
+
+def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Write all bytes to an unbuffered file, which may take several calls."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 @contextlib.contextmanager
@@ -230,10 +235,11 @@ def _check_space(target: Path, needed: int) -> None:
     """Check that the disk has room for `needed` bytes beside `target`."""
     with output_errors(target):
         place = next(folder for folder in target.parents if folder.exists())
-        free = shutil.disk_usage(place).free
-    if needed + _SLACK_BYTES > free:
+        disk = shutil.disk_usage(place)
+    # A size of 0 means that the file system does not tell.
+    if disk.total and needed + _SLACK_BYTES > disk.free:
         message = (
-            f"{printable(target)}: expected {needed + _SLACK_BYTES:,} free bytes on its disk, found {free:,}. "
+            f"{printable(target)}: expected {needed + _SLACK_BYTES:,} free bytes on its disk, found {disk.free:,}. "
             "Free some space or choose another disk."
         )
         raise OutputError(message)

@@ -99,5 +99,5 @@ def _moved(blocks: Tensor, exponent: Tensor | None) -> Tensor:
     if exponent is None:
         return blocks
     half = exponent // 2
-    one = torch.ones((), dtype=blocks.dtype, device=blocks.device)
+    one = torch.ones_like(exponent, dtype=blocks.dtype)
     return blocks * torch.ldexp(one, half) * torch.ldexp(one, exponent - half)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vrscope.checkpoint.source import Checkpoint
+from vrscope.demo import sample_text
 from vrscope.errors import TextError
 from vrscope.quant.loading import is_causal, load_tokenizer, quiet_transformers
 
-SAMPLE_NAME = "sample.txt"  # shipped in vrscope.demo
 TOKENS, WINDOW = 2048, 512
 MARGIN = 64  # tokens at the end of a cut text that the cut may have changed
 MANY = 1_000_000  # tokenizers say "no limit" with a number larger than any context
@@ -54,7 +53,7 @@ def load_text(path: Path | None) -> str:
         If it is missing, not a file, empty, binary or not UTF-8.
     """
     if path is None:
-        return (resources.files("vrscope.demo") / SAMPLE_NAME).read_text(encoding="utf-8")
+        return sample_text()
     if path.is_dir():
         message = f"{path}: expected a text file, found a folder. Name a file in it with --text."
         raise TextError(message)

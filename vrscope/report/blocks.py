@@ -31,7 +31,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell: text, how it is set ("", "num", "name", "good", "bad", "muted"), the rows it spans, and a series mark."""
+    """One cell: text, look ("", "num", "name", "words", "good", "bad", "muted"), rows spanned, series mark, note."""
 
     text: str
     look: str = ""
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table with a caption; folded away behind `fold` if that is given."""
+    """A table with a caption, seen if `titled`, else only heard; folded away behind `fold` if that is given."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -50,6 +50,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     fold: str = ""
+    titled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,17 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Explorer:
-    """The sortable, searchable table; its rows travel as data under `key` in the page's payload."""
+    """The sortable, searchable table; its rows travel as data under `key` in the page's payload.
+
+    `name_length` is the length of its longest name, in characters.
+    """
 
     kind: ClassVar[str] = "explorer"
     key: str
     caption: str
     heads: tuple[Head, ...]
     count: int
+    name_length: int
 
 
 Block = Table | Figures | Text | Explorer

@@ -32,7 +32,7 @@ LABELS = {
     "frobenius_norm": "Frobenius norm",
     "inf_count": "Inf",
     "kl": "mean KL",
-    "kurtosis_excess": "excess kurtosis (normal = 0)",
+    "kurtosis_excess": "excess kurtosis (normal\u00a0=\u00a00)",
     "nan_count": "NaN",
     "outlier_share_4sigma": "beyond 4σ",
     "outlier_share_6sigma": "beyond 6σ",
@@ -46,6 +46,9 @@ LABELS = {
     "tvr_ratio": "std / TVR target",
     "zero_share": "zeros",
 }
+
+
+_KINDS = ("linear", "head", "embed", "conv", "norm", "bias")
 
 
 def frame_of(report: Report, table: str) -> pd.DataFrame | None:
@@ -83,6 +86,11 @@ def head(report: Report, table: str, name: str, *, numeric: bool = True, label: 
     column = next((c for c in report.columns.get(table, ()) if c.name == name), Column(name, "", ""))
     words = label or LABELS.get(name) or visible(name).replace("_", " ")
     return Head(words, visible(column.unit), visible(column.meaning), numeric, name)
+
+
+def kind_order(kind: str) -> int:
+    """Return where a kind of tensor stands in lists: matrices first, then the rest."""
+    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
 
 
 def _is_none(value: Any, isna: Any) -> bool:

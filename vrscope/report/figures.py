@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.report.svg import INK, LAW, LINE, MUTED, SERIES, TARGET, YARDSTICK, canvas, drawing, to_svg
-from vrscope.report.text import number, plus_minus, shorten
+from vrscope.report.text import number, plus_minus, shorten, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,10 +68,11 @@ def damage_bars(groups: Sequence[Sequence[int]], rows: Sequence[str], bars: Sequ
     )
     with drawing():
         figure = canvas(820, total)
+        left = 16 + 6.8 * max(len(shorten(row, 18)) for row in rows)
         top = total
         for group, height in zip(groups, heights, strict=True):
             top -= height
-            axes = figure.add_axes((118 / 820, top / total, 686 / 820, height / total))
+            axes = figure.add_axes((left / 820, top / total, (804 - left) / 820, height / total))
             _bar_panel(axes, group, rows, bars)
             axes.set_xlabel(unit)
             top -= 46
@@ -98,25 +99,26 @@ def _bar_panel(axes: Axes, group: Sequence[int], rows: Sequence[str], bars: Sequ
                 textcoords="offset points",
                 va="center",
                 color=INK,
-                fontsize=10,
+                fontsize=11.5,
             )
             largest = max(largest, value + sem)
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.set_xlim(0, 1.25 * largest or 1)
     axes.set_yticks(range(len(group)), [shorten(rows[row], 18) for row in group], color=INK)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=12)
     axes.grid(visible=False, axis="y")
     axes.locator_params(axis="x", nbins=6)
     axes.spines["left"].set_color(MUTED)
 
 
 def depth_panel(
-    name: str, lines: Sequence[DepthLine], law: Law | None, target: DepthLine | None, limits: tuple[float, float]
+    name: str, lines: Sequence[DepthLine | None], law: Law | None, target: DepthLine | None, limits: tuple[float, float]
 ) -> str:
-    """Return the std of one role over depth on a log axis, with its fitted law, the LIR yardstick and the TVR target."""
-    last = max((float(line.layers.max()) for line in lines), default=1.0)
-    ends = [f"{number(line.middle[0], 3)} to {number(line.middle[-1], 3)}" for line in lines]
-    label = f"Standard deviation over {int(last)} layers, first to last: {'; then '.join(ends)}"
+    """Return the std of one role over depth on a log axis, with fitted law, LIR yardstick and TVR target."""
+    drawn = [(colour, line) for colour, line in zip(SERIES, lines, strict=False) if line is not None]
+    last = max(float(line.layers.max()) for _, line in drawn)
+    ends = [f"{number(line.middle[0], 3)} to {number(line.middle[-1], 3)}" for _, line in drawn]
+    label = f"Standard deviation over {int(last)} layers, first to last: {'; after the plan '.join(ends)}"
     with drawing():
         figure = canvas(300, 186)
         axes = figure.add_axes((52 / 300, 38 / 186, 236 / 300, 140 / 186))
@@ -126,7 +128,7 @@ def depth_panel(
             depth = np.linspace(1, last, 60)
             axes.plot(depth, law.sigma_1 * depth**-0.5, color=YARDSTICK, linewidth=1.4, linestyle=(0, (1, 2.2)))
             axes.plot(depth, law.sigma_1 * depth**-law.p, color=LAW, linewidth=1.6, linestyle=(0, (5, 3)))
-        for colour, line in zip(SERIES, lines, strict=False):
+        for colour, line in drawn:
             if np.any(line.high > line.low):
                 axes.fill_between(line.layers, line.low, line.high, color=colour, alpha=0.25, linewidth=0)
             axes.plot(line.layers, line.middle, color=colour, linewidth=1.2, marker="o", markersize=3.2)
@@ -148,25 +150,25 @@ def _log_axis(axes: Axes, limits: tuple[float, float]) -> None:
     decades = math.log10(high / low)
     steps = (1, 2, 5) if decades < 2.2 else (1,)
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=steps, numticks=8))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(_plain_tick))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(_tick))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _plain_tick(value: float, _position: int) -> str:
-    return f"{value:g}" if 1e-4 < value < 1e5 else number(value, 2).removeprefix("1.0×").removeprefix("1×")
+def _tick(value: float, _position: int) -> str:
+    return tick(float(f"{value:.6g}"))
 
 
 def heat_map(heat: Heat, name: str, label: str) -> tuple[str, tuple[float, float, float, float]]:
-    """Return the map, and the box of its cells in the drawing as x, y, width, height (for the script that names cells)."""
+    """Return the map, and the box of its cells in the drawing: x, y, width, height, for the script that names cells."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 
     rows, columns = heat.values.shape
     tall = 20 if rows <= 24 else 13
-    left, width, height = min(190, 30 + 6.2 * max(map(len, heat.roles))), 1000.0, rows * tall
+    left, width, height = 16 + 6.4 * min(32, max(map(len, heat.roles))), 1000.0, rows * tall
     total = height + 46
     classes = np.digitize(heat.values, heat.edges)
-    gap = 0.035 if columns <= 80 else 0.0
+    gap = (0.7 * columns / (width - left), 0.7 / tall) if columns <= 80 else (0.0, 0.0)
     with drawing():
         figure = canvas(width, total)
         axes = figure.add_axes((left / width, 42 / total, (width - left - 8) / width, height / total))
@@ -180,35 +182,38 @@ def heat_map(heat: Heat, name: str, label: str) -> tuple[str, tuple[float, float
         axes.grid(visible=False)
         ticks = [k for k in range(columns) if k % max(1, math.ceil(columns / 30)) == 0]
         axes.set_xticks([k + 0.5 for k in ticks], [str(heat.layers[k]) for k in ticks])
-        axes.set_yticks([k + 0.5 for k in range(rows)], [shorten(r, 26) for r in heat.roles], color=INK)
-        axes.tick_params(length=0)
+        axes.set_yticks([k + 0.5 for k in range(rows)], [shorten(r, 32) for r in heat.roles], color=INK)
+        axes.tick_params(length=0, labelsize=12 if tall == 20 else 10)
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_xlabel("layer, numbered as in the tensor names")
         return to_svg(figure, label, name), (left, 4.0, width - left - 8, height)
 
 
-def _cell(column: int, row: int, gap: float) -> Any:
+def _cell(column: int, row: int, gap: tuple[float, float]) -> Any:
     from matplotlib.path import Path as Outline
 
-    x0, y0, x1, y1 = column + gap, row + gap, column + 1 - gap, row + 1 - gap
+    x0, y0, x1, y1 = column + gap[0], row + gap[1], column + 1 - gap[0], row + 1 - gap[1]
     return Outline([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], closed=True)
 
 
-def histogram_panel(edges: Floats, counts: Floats, name: str, label: str) -> str:
-    """Return a histogram in units of the tensor's std with a log count axis, and the normal curve of the same std."""
+def histogram_panel(edges: Floats, counts: Floats, total: float, name: str, label: str) -> str:
+    """Return a histogram over `(weight - mean) / std`, counts on a log axis, with a normal curve of `total` weights."""
+    from matplotlib import ticker
+
     with drawing():
         figure = canvas(300, 180)
         axes = figure.add_axes((50 / 300, 38 / 180, 240 / 300, 136 / 180))
         axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=SERIES[0], linewidth=0)
         mass = np.diff([0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges])
-        expected = counts.sum() * mass
+        expected = total * mass
         shown = expected >= 0.5
         centres = (edges[1:] + edges[:-1]) / 2
         axes.plot(centres[shown], expected[shown], color=LAW, linewidth=1.5, linestyle=(0, (5, 3)))
         axes.set_xlim(edges[0], edges[-1])
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tick))
         _log_axis(axes, (0.5, max(10.0, 2 * float(counts.max()), 2 * float(expected.max(initial=0)))))
-        axes.set_xlabel("weight / std of the tensor")
+        axes.set_xlabel("(weight − mean) / std")
         axes.set_ylabel("count")
         axes.axvline(0, color=LINE, linewidth=0.8, zorder=0)
         return to_svg(figure, label, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,17 +62,16 @@ class Headline:
 def headline(report: Report) -> Headline:
     """Return the top of the page for a report."""
     known = report.provenance
-    details = [f"vrscope {visible(report.kind)}"]
+    details = ["joined results" if report.kind == "merged" else f"vrscope {visible(report.kind)}"]
     if known.get("family"):
         details.append(f"family {visible(known['family'])}")
     method = _method(known.get("settings"))
     if method:
         details.append(method)
     if known.get("date"):
-        details.append(visible(known["date"]))
+        details.append(visible(known["date"]).split("T")[0])
     verdict = tuple(_finding(item) for item in report.verdict)
-    model = visible(known.get("model")) or "Unnamed model"
-    return Headline(model, tuple(details), badge(report), verdict, tuple(_facts(report)))
+    return Headline(_title(visible(known.get("model"))), tuple(details), badge(report), verdict, tuple(_facts(report)))
 
 
 def badge(report: Report) -> Badge | None:
@@ -98,6 +98,13 @@ def checkpoint_names(report: Report, keys: list[str]) -> dict[str, str]:
         key: (key or "this checkpoint") + (suffix if place else "")
         for place, key in enumerate(names)
     }  # fmt: skip
+
+
+def _title(model: str) -> str:
+    """Return a hub id whole, and of a path its last part; the whole path is in the provenance."""
+    if model.startswith(("/", ".", "~", "\\")) or model[1:2] == ":":
+        return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or model
+    return model or "Unnamed model"
 
 
 def _finding(item: Mapping[str, str]) -> Finding:
@@ -131,9 +138,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     reach = frame_of(report, "reach")
     if reach is not None:
         facts.append(("formats this plan can change", _of(flags(reach, "can_change"))))
-    for key, name in (("tokens", "tokens measured"), ("seconds", "seconds")):
-        if not is_missing(report.provenance.get(key)):
-            facts.append((name, number(report.provenance[key], 3)))
+    if not is_missing(report.provenance.get("tokens")):
+        facts.append(("tokens measured", number(report.provenance["tokens"])))
     return facts
 
 

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrscope.report import damage, record, weights
+from vrscope.report import damage, depth, limits, record, rounding, tails, tensors
 from vrscope.report.headline import headline
 from vrscope.tables import Report, write_text
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 _BUILDERS = (
     damage.damage,
-    damage.limits,
-    weights.depth,
-    weights.tails,
-    weights.histograms,
-    record.tensors,
+    limits.limits,
+    depth.depth,
+    tails.tails,
+    tails.histograms,
+    tensors.tensors,
     record.spaces,
     record.proof,
-    damage.weight_error,
+    rounding.weight_error,
     record.provenance,
 )
 
@@ -54,6 +54,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only what figures.py drew, which escaped its text
+    environment.filters["breakable"] = lambda name: Markup(".<wbr>").join(str(name).split("."))
     script, style = _source(environment, "page.js"), _source(environment, "style.css")
     return environment.get_template("page.html.j2").render(
         top=headline(report),

@@ -1,4 +1,4 @@
-"""Sections to look things up in: every tensor, the plan's spaces, the proof, and where the figures come from."""
+"""Sections to look things up in: the plan's spaces, the proof, and where the figures come from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vrscope.report.blocks import Block, Cell, Explorer, Head, Section, Table
+from vrscope.report.blocks import Block, Cell, Head, Section, Table, Text
 from vrscope.report.columns import flags, frame_of, head, numbers, texts
 from vrscope.report.text import MISSING, number, visible
 from vrscope.tables import Report
@@ -15,76 +15,16 @@ from vrscope.tables import Report
 if TYPE_CHECKING:
     import pandas as pd
 
-_TEXT_COLUMNS = frozenset({"checkpoint", "tensor", "role", "kind", "dtype", "shape"})
-_ESSENTIAL = frozenset(
+_SHOWN = frozenset(
     {
-        "checkpoint", "tensor", "layer", "kind", "shape", "std", "kurtosis_excess", "absmax", "outlier_share_6sigma",
-        "row_absmax_spread", "column_absmax_spread", "tvr_ratio",
+        "damage", "weight_error", "tensors", "depth_law", "histograms", "spaces", "matrices", "unreachable", "reach",
+        "proof",
     }
 )  # fmt: skip
-_COUNTS_THAT_WARN = frozenset({"nan_count", "inf_count"})
 _KNOWN = (
-    "model", "family", "equivalent", "command", "date", "seconds", "vrscope", "versions", "settings", "text", "tokens",
-    "window", "device", "dtype", "machine", "cores",
+    "model", "family", "checkpoints", "other", "equivalent", "command", "date", "seconds", "vrscope", "versions",
+    "settings", "text", "tokens", "window", "device", "dtype", "machine", "cores", "quantization", "notes",
 )  # fmt: skip
-
-
-def tensors(report: Report) -> Section | None:
-    """Return the sortable, searchable table of all tensors, its rows as data for the page's script."""
-    frame = frame_of(report, "tensors")
-    if frame is None:
-        return None
-    heads, data = [], []
-    for name in frame.columns:
-        values = _texts_as_data(frame, name) if name in _TEXT_COLUMNS else _numbers_as_data(frame, str(name))
-        if values is None:
-            continue
-        column = head(report, "tensors", str(name), numeric="text" not in values)
-        essential = name in _ESSENTIAL
-        heads.append(Head(column.label, column.unit, column.meaning, column.numeric, column.name, essential))
-        data.append(values | {"extra": not essential})
-    names = [h.name for h in heads]
-    search = [k for k, name in enumerate(names) if name in {"tensor", "role", "kind"}]
-    payload = {"tensors": {"columns": data, "count": len(frame), "search": search}}
-    lead = (
-        "Every tensor of the checkpoint with its statistics. Click a column head to sort, point at it for its meaning, "
-        "type to search by name, role or kind."
-    )
-    table = Explorer("tensors", "All tensors", tuple(heads), len(frame))
-    meanings = _meanings("What the columns mean", heads)
-    return Section("tensors", "All tensors", lead, (table, *meanings), payload)
-
-
-def _texts_as_data(frame: pd.DataFrame, name: str) -> dict[str, Any] | None:
-    """Pack a text column: each distinct text once, and for every row which one it is."""
-    values = texts(frame, name)
-    if not any(values) and name != "tensor":
-        return None
-    places = {text: k for k, text in enumerate(dict.fromkeys(values))}
-    return {"text": list(places), "rows": [places[text] for text in values], "name": name == "tensor"}
-
-
-def _numbers_as_data(frame: pd.DataFrame, name: str) -> dict[str, Any] | None:
-    """Pack a numeric column to five significant digits, null where there is no number."""
-    values = numbers(frame, name)
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return None
-    whole = bool(np.all(finite == np.round(finite)))
-    packed: list[float | int | None]
-    if whole:
-        packed = [None if np.isnan(x) else int(x) for x in values]
-    else:
-        packed = [None if np.isnan(x) else float(f"{x:.5g}") for x in values]
-    return {"rows": packed, "whole": whole, "warn": name in _COUNTS_THAT_WARN}
-
-
-def _meanings(fold: str, heads: list[Head]) -> tuple[Block, ...]:
-    known = [h for h in heads if h.meaning]
-    if not known:
-        return ()
-    rows = tuple((Cell(h.label, "strong"), Cell(h.unit or MISSING), Cell(h.meaning, "words")) for h in known)
-    return (Table(fold, (Head("column"), Head("unit"), Head("meaning")), rows, fold=fold),)
 
 
 def spaces(report: Report) -> Section | None:
@@ -92,22 +32,30 @@ def spaces(report: Report) -> Section | None:
     frame = frame_of(report, "spaces")
     if frame is None:
         return None
-    changed = flags(frame, "changed")
-    columns = ("layer", "size", "exponent_min", "exponent_max", "exponent_mean_abs", "imbalance_before", "imbalance_after")
+    changed, scales = flags(frame, "changed"), numbers(frame, "changed")
+    columns = (
+        "layer",
+        "size",
+        "exponent_min",
+        "exponent_max",
+        "exponent_mean_abs",
+        "imbalance_before",
+        "imbalance_after",
+    )
     data = {name: numbers(frame, name) for name in columns}
     shown = [name for name in columns if np.isfinite(data[name]).any()]
-    heads = [head(report, "spaces", name, numeric=False) for name in ("space", "rule", "changed")]
+    heads = [head(report, "spaces", name, numeric=False) for name in ("space", "rule")]
+    heads.append(head(report, "spaces", "changed", label="scales changed"))
     heads += [head(report, "spaces", name) for name in shown]
     heads.append(head(report, "spaces", "note", numeric=False))
     rows = []
     for k, (space, rule, note) in enumerate(zip(*(texts(frame, c) for c in ("space", "rule", "note")), strict=True)):
-        said, look = ("yes", "good") if changed[k] else (MISSING, "muted") if changed[k] is None else ("no", "muted")
-        cells = [Cell(space, "name"), Cell(rule), Cell(said, look)]
+        cells = [Cell(space, "name"), Cell(rule), Cell(number(scales[k]), "num" if scales[k] else "num muted")]
         cells += [Cell(number(data[name][k]), "num") for name in shown]
         rows.append((*cells, Cell(note, "words")))
     lead = (
-        "A space is a vector of activations; the plan multiplies what writes it by powers of two and divides what reads "
-        "it by the same. Imbalance is the ratio of the norms on its two sides: 1 is balanced."
+        "A space is a vector of activations; the plan multiplies what writes it by powers of two and divides what "
+        "reads it by the same. Imbalance is the ratio of the norms on its two sides: 1 is balanced."
     )
     done = f"{sum(c is True for c in changed)} of {number(len(changed))} spaces changed"
     table = Table("Spaces of the plan", tuple(heads), tuple(rows), fold=f"Show all: {done}")
@@ -133,7 +81,7 @@ def _rules(frame: pd.DataFrame, changed: list[bool | None]) -> tuple[Block, ...]
     for rule, at in groups.items():
         moved = f"{sum(changed[k] is True for k in at)} of {number(len(at))}"
         ends = [_pick(np.min, low[at]), _pick(np.max, high[at])]
-        reach = MISSING if MISSING in ends else f"{ends[0]} to {ends[1]}"
+        reach = ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
         middle = [Cell(_pick(np.median, side[at]), "num") for side in (before, after)]
         rows.append((Cell(rule or MISSING, "strong"), Cell(moved, "num"), Cell(reach, "num"), *middle))
     return (Table("Spaces by rule", heads, tuple(rows)),)
@@ -155,10 +103,10 @@ def proof(report: Report) -> Section | None:
         rows.append((Cell(check, "words"), Cell(word, f"strong {look}"), Cell(detail, "words")))
     heads = tuple(head(report, "proof", name, numeric=False) for name in ("check", "result", "detail"))
     lead = (
-        "How the rescaled checkpoint was compared with the original: from the weights alone, and where asked by running "
-        "both models."
+        "How the rescaled checkpoint was compared with the original: from the weights alone, and where asked by "
+        "running both models."
     )
-    return Section("proof", "Proof of equivalence", lead, (Table("Checks", heads, tuple(rows)),))
+    return Section("proof", "Proof of equivalence", lead, (Table("Checks", heads, tuple(rows), titled=False),))
 
 
 def _result(text: str) -> tuple[str, str]:
@@ -181,7 +129,13 @@ def provenance(report: Report) -> Section | None:
     if not rows:
         return None
     lead = "Everything needed to repeat these figures."
-    return Section("provenance", "Provenance", lead, (Table("Provenance", (Head("what"), Head("value")), rows),))
+    blocks: list[Block] = [Table("Provenance", (Head("what"), Head("value")), rows, titled=False)]
+    more = [
+        f"{visible(name)} ({number(len(frame))} rows)" for name, frame in report.tables.items() if name not in _SHOWN
+    ]
+    if more:
+        blocks.append(Text(f"Also in results.json and as CSV, but not on this page: {', '.join(more)}."))
+    return Section("provenance", "Provenance", lead, tuple(blocks))
 
 
 def _value(key: str, value: Any) -> str:
@@ -194,5 +148,3 @@ def _value(key: str, value: Any) -> str:
     if value is None:
         return MISSING
     return number(value) if isinstance(value, int | float) else visible(value)
-
-

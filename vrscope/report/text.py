@@ -49,11 +49,18 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{x:,.{places}f}".replace("-", "−")
 
 
+def tick(value: float) -> str:
+    """Return a round number as an axis or legend shows it: powers of ten beyond four digits, no padding."""
+    if value == 0 or 1e-2 <= abs(value) < 1e4:
+        return f"{value:,.6g}".replace("-", "−")
+    return _power_of_ten(value, 2).removeprefix("1×")
+
+
 def plus_minus(value: Any, sem: Any) -> str:
     """Return `value ± sem`, both to the second significant digit of the standard error."""
     if is_missing(value):
         return MISSING
-    if is_missing(sem) or float(sem) <= 0:
+    if is_missing(sem) or float(sem) <= 1e-12 * abs(float(value)):
         return number(value)
     x, error = float(value), float(sem)
     places = 1 - math.floor(math.log10(error))

@@ -14,7 +14,7 @@ from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.executors import Executor
 from vrscope.progress import Progress
-from vrscope.rescale.methods import MethodOptions, Situation, get_method
+from vrscope.rescale.methods import MethodOptions, Situation, get_method, target_std
 from vrscope.rescale.plan import POW2, RescalePlan
 from vrscope.rescale.profile import Profile, profile_weights
 from vrscope.rescale.scaling import out_of_range, tensor_scales, window_of
@@ -70,12 +70,8 @@ def _raw_tvr(situation: Situation, checkpoint: Checkpoint) -> tuple[dict[str, tu
         role, info = situation.binding.roles[tensor], situation.profile.infos[tensor]
         if role.kind != LINEAR or role.layer is None or len(info.shape) != 2:
             continue
-        part = next(iter(parts.values()))
-        mean = float(part.total.sum()) / info.numel
-        std = float(np.sqrt(max(float(part.square.sum()) / info.numel - mean * mean, 0.0)))
-        target = situation.options.target_std
-        if situation.options.depth_scaled:
-            target /= float(np.sqrt(role.layer + 1))
+        mean = float(next(iter(parts.values())).total.sum()) / info.numel
+        std, target = situation.profile.std(tensor), float(target_std(situation.options, role.layer))
         if std / target > RAW_THRESHOLD:
             affine[tensor] = (target / std, mean - mean * target / std)
             bias = tensor.removesuffix(".weight") + ".bias"

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import Space, Term
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, TensorInfo
 from vrscope.executors import Executor
 from vrscope.progress import Progress
-from vrscope.rescale.scaling import require_finite
+from vrscope.rescale.scaling import TensorScale, require_finite, scale_block
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,13 @@ class Profile:
         """Return the slices that a term's scales multiply."""
         return self.slices[term.tensor][_kept(term)]
 
+    def std(self, tensor: str) -> float:
+        """Return the population standard deviation of a tensor, NaN if it has no elements."""
+        part = next(iter(self.slices[tensor].values()))
+        count = self.infos[tensor].numel
+        mean = float(part.total.sum()) / count if count else float("nan")
+        return float(np.sqrt(max(float(part.square.sum()) / count - mean * mean, 0.0))) if count else mean
+
     def largest(self, tensor: str) -> float:
         """Return the largest magnitude of a tensor."""
         return max((float(part.largest.max(initial=0.0)) for part in self.slices[tensor].values()), default=0.0)
@@ -81,8 +88,16 @@ def _kept(term: Term) -> Dims:
     return tuple(dim for dim, size in enumerate(term.index.shape) if size != 1)
 
 
-def profile_weights(checkpoint: Checkpoint, binding: Binding, executor: Executor, progress: Progress) -> Profile:
-    """Return the slices of every tensor that a space of the binding moves.
+def profile_weights(
+    checkpoint: Checkpoint,
+    binding: Binding,
+    executor: Executor,
+    progress: Progress,
+    scales: Mapping[str, TensorScale] | None = None,
+) -> Profile:
+    """Return the slices of every tensor that a space of the binding moves, and of every linear weight.
+
+    With `scales`, the weights are profiled as these would leave them, without writing anything.
 
     Raises
     ------
@@ -97,12 +112,15 @@ def profile_weights(checkpoint: Checkpoint, binding: Binding, executor: Executor
         if role.kind == LINEAR and name not in wanted:
             wanted[name].add(())  # no space moves it, but its std is compared with a target
     infos = {name: checkpoint.tensors[name] for name in wanted}
+    after = scales or {}
     total = sum(info.size_bytes for info in infos.values())
     done = 0
     slices: dict[str, Mapping[Dims, Slices]] = {}
     smallest: dict[str, float] = {}
     for name, (parts, least) in zip(
-        wanted, executor.map(lambda name: _slice(checkpoint, infos[name], wanted[name]), list(wanted)), strict=True
+        wanted,
+        executor.map(lambda name: _slice(checkpoint, infos[name], wanted[name], after.get(name)), list(wanted)),
+        strict=True,
     ):
         slices[name], smallest[name] = parts, least
         done += infos[name].size_bytes
@@ -110,7 +128,9 @@ def profile_weights(checkpoint: Checkpoint, binding: Binding, executor: Executor
     return Profile(infos, slices, smallest)
 
 
-def _slice(checkpoint: Checkpoint, info: TensorInfo, wanted: set[Dims]) -> tuple[dict[Dims, Slices], float]:
+def _slice(
+    checkpoint: Checkpoint, info: TensorInfo, wanted: set[Dims], scale: TensorScale | None
+) -> tuple[dict[Dims, Slices], float]:
     import torch
 
     sums = {}
@@ -120,7 +140,8 @@ def _slice(checkpoint: Checkpoint, info: TensorInfo, wanted: set[Dims]) -> tuple
     least = np.inf
     for block in checkpoint.row_blocks(info.name, PROFILE_BYTES):
         require_finite(info, block)
-        values = _shaped(info, block).to(torch.float64)
+        stored = block.values if scale is None else scale_block(info, block, scale)
+        values = stored.reshape(-1, *info.shape[1:]).to(torch.float64)
         magnitude = values.abs()
         nonzero = torch.where(magnitude > 0, magnitude, torch.inf)
         least = min(least, float(nonzero.min()))
@@ -139,11 +160,6 @@ def _slice(checkpoint: Checkpoint, info: TensorInfo, wanted: set[Dims]) -> tuple
         slice_count = int(np.prod([size for dim, size in enumerate(info.shape) if dim not in dims], dtype=np.int64))
         found[dims] = Slices(slice_count, *arrays)
     return found, least
-
-
-def _shaped(info: TensorInfo, block: RowBlock) -> torch.Tensor:
-    """Return a block with the tensor's rank instead of the matrix view."""
-    return block.values.reshape(-1, *info.shape[1:]) if len(info.shape) > 1 else block.values.reshape(-1)
 
 
 def _sum(values: torch.Tensor, over: list[int]) -> NDArray[np.float64]:

@@ -35,10 +35,21 @@ class Bins:
     upper: Floats
     ends: Counts
 
-    @property
-    def counts(self) -> Counts:
-        """Number of values in each bin, shape `(n,)`."""
-        return np.diff(self.ends, prepend=0)
+    def below(self, bounds: Floats, *, inclusive: bool = False) -> tuple[Floats, Counts]:
+        """Return how many values lie below each of `bounds` (or on it), and the counts of the bins these tear.
+
+        A torn bin counts by the share of its width. Same shapes as `bounds`.
+        """
+        place = self.lower.searchsorted(bounds, side="right" if inclusive else "left")
+        if not self.ends.size:
+            return np.zeros(bounds.shape), np.zeros(bounds.shape, np.int64)
+        last = np.maximum(place - 1, 0)
+        reach = np.where(place > 0, self.upper[last] - bounds, 0.0)
+        torn = (reach > 0) & (self.upper[last] > self.lower[last])
+        before = np.where(last > 0, self.ends[last - 1], 0)
+        counts = np.where(torn, self.ends[last] - before, 0)
+        width = np.where(torn, self.upper[last] - self.lower[last], 1.0)
+        return np.where(place > 0, self.ends[last], 0) - counts * np.clip(reach / width, 0.0, 1.0), counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +81,9 @@ class Histogram:
 
         The second number is the count of the bins that hold a threshold: 0 for types of 8 and 16 bits.
         """
-        lower, upper, counts = self.values.lower, self.values.upper, self.values.counts
-        low, high = mean - distance, mean + distance
-        single = lower == upper
-        outside = np.where(single, np.abs(lower - mean) > distance, (upper <= low) | (lower >= high))
-        torn = ~single & (((lower < low) & (low < upper)) | ((lower < high) & (high < upper)))
-        low_share = np.clip((low - lower[torn]) / (upper[torn] - lower[torn]), 0.0, 1.0)
-        high_share = np.clip((upper[torn] - high) / (upper[torn] - lower[torn]), 0.0, 1.0)
-        partly = float((counts[torn] * (low_share + high_share)).sum())
-        return int(counts[outside].sum()) + partly, int(counts[torn].sum())
+        below, torn_below = self.values.below(np.array([mean - distance]))
+        within, torn_above = self.values.below(np.array([mean + distance]), inclusive=True)
+        return float(below[0]) + self.count - float(within[0]), int(torn_below[0] + torn_above[0])
 
     def over(self, edges: Floats) -> tuple[Counts, int, int]:
         """Return the counts between `edges` (ascending, shape `(n + 1,)`), and how many values lie below and above.
@@ -86,19 +91,11 @@ class Histogram:
         A value on an edge belongs to the bin that starts there, as in `numpy.histogram`, but for the last edge, where
         it counts as above.
         """
-        lower, upper = self.values.lower, self.values.upper
-        if not self.count:
-            return np.zeros(edges.size - 1, np.int64), 0, 0
-        before = np.searchsorted(lower, edges, side="left")  # bins that start below each edge
-        torn = np.maximum(before - 1, 0)
-        width = np.where(before > 0, upper[torn] - lower[torn], 0.0)
-        rest = np.divide(upper[torn] - edges, width, out=np.zeros(edges.size), where=width > 0)
-        ends = np.concatenate([[0], self.values.ends])
-        reached = ends[before] - np.rint(self.values.counts[torn] * np.clip(rest, 0.0, 1.0)).astype(np.int64)
-        return np.diff(reached), int(reached[0]), self.count - int(reached[-1])
+        below = np.rint(self.values.below(edges)[0]).astype(np.int64)
+        return np.diff(below), int(below[0]), self.count - int(below[-1])
 
 
-def histogram_of(encoding: Encoding, counts: NDArray[np.integer], absmax: float) -> Histogram:
+def histogram_of(encoding: Encoding, counts: Counts, absmax: float) -> Histogram:
     """Return the finite part of a count of bit patterns.
 
     Parameters
@@ -110,19 +107,22 @@ def histogram_of(encoding: Encoding, counts: NDArray[np.integer], absmax: float)
     absmax
         The largest finite magnitude, which bounds the outermost bins.
     """
+    from vrscope.stats import kernels
+
     half, finite = encoding.bins // 2, encoding.lower.size
     positive, negative = counts[:finite], counts[half : half + finite]
-    up, down = np.flatnonzero(positive), np.flatnonzero(negative)[::-1]
-    either = np.union1d(up, down)
-    lower, upper = encoding.lower, np.minimum(encoding.upper, absmax)
-    signed = np.concatenate([negative[down], positive[up]])
-    both = positive[either].astype(np.int64) + negative[either]
+    both = positive + negative
+    up, down, either = kernels.used_bins(positive), kernels.used_bins(negative)[::-1], kernels.used_bins(both)
+
+    def upper(places: NDArray[np.int64]) -> Floats:
+        return np.minimum(encoding.upper[places], absmax)
+
     values = Bins(
-        np.concatenate([-upper[down], lower[up]]),
-        np.concatenate([-lower[down], upper[up]]),
-        np.cumsum(signed, dtype=np.int64),
+        np.concatenate([-upper(down), encoding.lower[up]]),
+        np.concatenate([-encoding.lower[down], upper(up)]),
+        np.cumsum(np.concatenate([negative[down], positive[up]])),
     )
-    return Histogram(values, Bins(lower[either], upper[either], np.cumsum(both, dtype=np.int64)))
+    return Histogram(values, Bins(encoding.lower[either], upper(either), np.cumsum(both[either])))
 
 
 def magnitude_of(encoding: Encoding, tops: NDArray[np.unsignedinteger]) -> Floats:
@@ -135,7 +135,7 @@ def magnitude_of(encoding: Encoding, tops: NDArray[np.unsignedinteger]) -> Float
 
 def _order_statistic(bins: Bins, rank: int) -> float:
     """Return the value with `rank` values before it, counted from 0."""
-    place = int(np.searchsorted(bins.ends, rank, side="right"))
+    place = int(bins.ends.searchsorted(rank, side="right"))
     seen = int(bins.ends[place - 1]) if place else 0
     share = (rank - seen + 0.5) / (int(bins.ends[place]) - seen)
     return float(bins.lower[place] + (bins.upper[place] - bins.lower[place]) * share)

@@ -28,8 +28,11 @@ Floats = NDArray[np.float64]
 
 def _compiled(function: Function) -> Function:
     """Return `function` compiled; sums may be reordered to use vector units, NaN and infinity keep their meaning."""
-    compile_it = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-    return cast(Function, compile_it(function))
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+    try:
+        return cast(Function, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no folder of this machine can be written: compile anew in every process
+        return cast(Function, numba.njit(**options)(function))
 
 
 @_compiled
@@ -37,6 +40,28 @@ def count_patterns(bits: NDArray[np.unsignedinteger], shift: np.uint64, counts: 
     """Count into `counts[pattern >> shift]` every pattern of `bits` (shape `(n,)`)."""
     for i in range(bits.size):
         counts[bits[i] >> shift] += np.uint32(1)
+
+
+@_compiled
+def add_counts(total: NDArray[np.int64], part: NDArray[np.uint32]) -> None:
+    """Add `part` to `total`, same shape `(n,)`."""
+    for i in range(total.size):
+        total[i] += np.int64(part[i])
+
+
+@_compiled
+def used_bins(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the places where `counts` (shape `(n,)`) is not 0, ascending."""
+    used = 0
+    for i in range(counts.size):
+        used += 1 if counts[i] != 0 else 0
+    places = np.empty(used, np.int64)
+    used = 0
+    for i in range(counts.size):
+        if counts[i] != 0:
+            places[used] = i
+            used += 1
+    return places
 
 
 @_compiled

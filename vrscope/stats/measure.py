@@ -15,12 +15,12 @@ import numpy as np
 
 from vrscope.arch.roles import OTHER, TensorRole
 from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
-from vrscope.executors import Executor, Serial
+from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
 from vrscope.stats.matrix import MatrixView, matrix_view
 from vrscope.stats.spectrum import top_singular_value
 from vrscope.stats.statistics import SPECTRAL_STATISTICS, STATISTICS, Statistic
-from vrscope.stats.stream import Streaming, stream
+from vrscope.stats.stream import SERIAL, Streaming, stream
 from vrscope.stats.summary import Accumulator, BlockPart, Summary, summarize_block
 from vrscope.tables import Column
 
@@ -71,6 +71,9 @@ class StatOptions:
     block_bytes: int = 4 << 20
 
 
+DEFAULTS = StatOptions()
+
+
 def tensor_columns(options: StatOptions) -> tuple[Column, ...]:
     """Return the columns that `measure_tensors` fills with these options."""
     return TENSOR_COLUMNS + (SPECTRAL_COLUMNS if options.spectrum else ())
@@ -80,8 +83,8 @@ def measure_tensors(
     checkpoint: Checkpoint,
     roles: Mapping[str, TensorRole],
     *,
-    options: StatOptions = StatOptions(),
-    executor: Executor = Serial(),
+    options: StatOptions = DEFAULTS,
+    executor: Executor = SERIAL,
     progress: Progress = silent,
 ) -> pd.DataFrame:
     """Return the statistics of every tensor, one row each, in the stored order.
@@ -102,9 +105,7 @@ def measure_tensors(
     statistics = STATISTICS + (SPECTRAL_STATISTICS if options.spectrum else ())
     summaries = summarize(checkpoint, roles, names, how, options.target_std)
     values = {
-        name: [
-            statistic.value(replace(summary, top_singular_value=tops.get(name, math.nan))) for statistic in statistics
-        ]
+        name: _values(replace(summary, top_singular_value=tops.get(name, math.nan)), statistics)
         for name, summary in summaries
     }
     columns = [column.name for column in tensor_columns(options)]
@@ -120,7 +121,7 @@ def histograms(
     names: Iterable[str],
     bins: int = 101,
     *,
-    executor: Executor = Serial(),
+    executor: Executor = SERIAL,
     progress: Progress = silent,
 ) -> pd.DataFrame:
     """Return the distribution of the weights of some tensors, in standard deviations from their own mean.
@@ -155,11 +156,11 @@ def histograms(
     rows = []
     for name, summary in summarize(checkpoint, {}, chosen, Streaming(executor, progress, "histograms")):
         moments = summary.moments
-        if moments.count and not moments.is_constant:
-            counts, below, above = summary.histogram.over(moments.mean + edges * moments.std)
-        else:
+        if moments.is_constant:
             counts, below, above = np.zeros(bins, np.int64), 0, 0
-            counts[bins // 2] = moments.count
+            counts[bins // 2] = summary.count
+        else:
+            counts, below, above = summary.histogram.over(moments.mean + edges * moments.std)
         rows.append([name, edges.tolist(), counts.tolist(), below, above])
     return pd.DataFrame(rows, columns=[column.name for column in HISTOGRAM_COLUMNS])
 
@@ -169,7 +170,7 @@ def summarize(
     roles: Mapping[str, TensorRole],
     names: Iterable[str],
     how: Streaming,
-    target_std: float = StatOptions.target_std,
+    target_std: float = DEFAULTS.target_std,
 ) -> Iterator[tuple[str, Summary]]:
     """Yield name and summary of float tensors, each read once.
 
@@ -235,6 +236,11 @@ def _top_singular_values(
         done += checkpoint.tensors[name].size_bytes
         how.progress("singular values", done, total, "bytes")
     return tops
+
+
+def _values(summary: Summary, statistics: tuple[Statistic, ...]) -> list[float]:
+    """Return the value of every statistic of one tensor."""
+    return [float(statistic.value(summary)) for statistic in statistics]
 
 
 def _identity(info: TensorInfo, role: TensorRole) -> list[object]:

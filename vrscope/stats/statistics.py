@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class Statistic:
     name: str
     unit: str
     meaning: str
-    value: Callable[[Summary], float]
+    value: Callable[[Summary], SupportsFloat]
     whole: bool = False
 
     @property
@@ -49,7 +50,7 @@ class Statistic:
 
 def _share(part: int, summary: Summary) -> float:
     """Return `part` over the number of finite values."""
-    return part / summary.moments.count if summary.moments.count else math.nan
+    return part / summary.count if summary.count else math.nan
 
 
 def _spread(absmax: NDArray[np.float64] | None) -> float:
@@ -62,7 +63,7 @@ def _spread(absmax: NDArray[np.float64] | None) -> float:
 def _stable_rank(summary: Summary) -> float:
     """Return squared Frobenius norm over squared top singular value; NaN for a zero matrix."""
     top = summary.top_singular_value
-    return (summary.moments.frobenius_norm / top) ** 2 if top > 0 else math.nan
+    return float(summary.moments.frobenius_norm / top) ** 2 if top > 0 else math.nan
 
 
 STATISTICS: tuple[Statistic, ...] = (
@@ -99,9 +100,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "Share of weights more than 6 standard deviations away from the mean (normal: 0.000000002).",
         lambda s: s.share_beyond(6.0),
     ),
-    Statistic(
-        "zero_share", "share", "Share of weights that are exactly 0.", lambda s: _share(s.zero_count, s)
-    ),
+    Statistic("zero_share", "share", "Share of weights that are exactly 0.", lambda s: _share(s.zero_count, s)),
     Statistic("nan_count", "elements", "Number of weights that are NaN.", lambda s: s.nan_count, whole=True),
     Statistic("inf_count", "elements", "Number of infinite weights.", lambda s: s.inf_count, whole=True),
     Statistic(

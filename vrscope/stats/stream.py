@@ -16,6 +16,8 @@ from vrscope.progress import Progress, silent
 
 Part = TypeVar("Part")
 
+SERIAL: Executor = Serial()
+
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
@@ -33,7 +35,7 @@ class Streaming:
         Aimed size of a block; results do not depend on it.
     """
 
-    executor: Executor = Serial()
+    executor: Executor = SERIAL
     progress: Progress = silent
     stage: str = "statistics"
     block_bytes: int = 4 << 20

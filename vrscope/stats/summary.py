@@ -22,7 +22,6 @@ from vrscope.stats.matrix import MatrixView
 from vrscope.stats.moments import Moments, moments_of
 
 CHUNK = 4096  # elements whose moments are taken together; they fit the first-level cache
-_DOUBT = 1e-4  # share of values that a histogram may leave undecided before they are counted again
 
 Floats = NDArray[np.float64]
 Bits = NDArray[np.unsignedinteger]
@@ -62,20 +61,24 @@ class Summary:
     target_std: float = 0.01
     top_singular_value: float = math.nan
 
+    @property
+    def count(self) -> int:
+        """Number of finite values."""
+        return int(self.moments.count)
+
     def share_beyond(self, sigmas: float) -> float:
         """Return the share of the finite values more than `sigmas` standard deviations away from their mean.
 
-        Exact for types of 8 and 16 bits. For F32 and F64 taken from the histogram if that is certain to 1e-4 (absolute;
-        in practice far better, as the undecided bins are interpolated), else counted exactly in a second pass.
-        0 for constant values, NaN without values.
+        Exact for every type. The histogram decides it, but for F32 and F64 tensors with values in the very bins that
+        hold the two thresholds: these are read a second time. 0 for constant values, NaN without values.
         """
-        if not self.moments.count or self.moments.is_constant:
-            return 0.0 if self.moments.count else math.nan
-        mean, distance = self.moments.mean, sigmas * self.moments.std
+        if self.moments.is_constant:
+            return 0.0 if self.count else math.nan
+        mean, distance = float(self.moments.mean), sigmas * float(self.moments.std)
         beyond, doubt = self.histogram.count_beyond(mean, distance)
-        if doubt > _DOUBT * self.moments.count:
+        if doubt:
             beyond = self.recount(mean, distance)
-        return beyond / self.moments.count
+        return beyond / self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,9 @@ class Accumulator:
 
     def add(self, part: BlockPart) -> None:
         """Merge the next block."""
-        self._patterns += part.patterns
+        from vrscope.stats import kernels
+
+        kernels.add_counts(self._patterns, part.patterns)
         if self.view is not None:
             self._row_top[part.row : part.row + part.row_top.size] = part.row_top
             first = part.row // self.view.rows if self.view.matrices > 1 else 0
@@ -177,7 +182,7 @@ class Accumulator:
             columns = magnitude_of(self.encoding, self._column_top.reshape(-1))
             if self.view.transposed:
                 rows, columns = columns, rows
-        histogram = histogram_of(self.encoding, self._patterns, moments.absmax)
+        histogram = histogram_of(self.encoding, self._patterns, float(moments.absmax))
         return Summary(moments, histogram, zeros, nans, infs, rows, columns, recount, target_std)
 
     def _wait(self, values: NDArray[np.floating]) -> None:

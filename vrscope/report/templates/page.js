@@ -54,7 +54,7 @@
       element.textContent = column.text ? column.text[value] || "–" : say(value, column.whole);
       if (column.name) element.scope = "row";
       const looks = [column.text ? (column.name ? "name" : "") : "num", column.extra ? "extra" : "",
-        column.warn && value > 0 ? "bad" : ""];
+        column.warn && value > 0 ? "bad" : "", element.textContent.length > 24 ? "long" : ""];
       element.className = looks.filter(Boolean).join(" ");
       return element;
     }

@@ -1,0 +1,65 @@
+"""Streaming keeps order, stays flat and passes errors on."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from stats_oracle import checkpoint_of, weights
+
+from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.errors import CheckpointError
+from vrscope.executors import Executor, Serial, Threads
+from vrscope.stats.stream import Streaming, stream
+
+
+@pytest.mark.parametrize("executor", [Serial(), Threads(3)], ids=str)
+def test_results_come_in_the_stored_order_with_every_name(tmp_path: Path, executor: Executor) -> None:
+    checkpoint = checkpoint_of(tmp_path, a=weights((9, 4), "F32"), none=torch.zeros(0, 4), b=weights((50,), "F32"))
+
+    def first(info: TensorInfo, block: RowBlock) -> tuple[str, int, int]:
+        return info.name, block.first_row, block.first_column
+
+    results = {
+        name: list(parts)
+        for name, parts in stream(checkpoint, ["b", "none", "a"], first, Streaming(executor, block_bytes=64))
+    }
+    assert list(results) == ["b", "none", "a"]
+    assert results["a"] == [("a", 0, 0), ("a", 4, 0), ("a", 8, 0)]
+    assert results["b"] == [("b", 0, 0), ("b", 0, 16), ("b", 0, 32), ("b", 0, 48)]
+    assert results["none"] == []
+
+
+@pytest.mark.parametrize(("executor", "bound"), [(Serial(), 2), (Threads(2), 6)], ids=str)
+def test_only_a_few_blocks_are_alive_at_a_time(tmp_path: Path, executor: Executor, bound: int) -> None:
+    checkpoint = checkpoint_of(tmp_path, a=weights((500, 4), "F32"))
+    alive: set[int] = set()
+    most = 0
+
+    def watch(info: TensorInfo, block: RowBlock) -> int:
+        nonlocal most
+        alive.add(id(block))
+        weakref.finalize(block.values, alive.discard, id(block))
+        most = max(most, len(alive))
+        return block.first_row
+
+    for _, parts in stream(checkpoint, ["a"], watch, Streaming(executor, block_bytes=16)):
+        assert list(parts) == list(range(500))
+    assert 1 <= most <= bound
+
+
+@pytest.mark.parametrize("executor", [Serial(), Threads(2)], ids=str)
+def test_a_file_that_shrank_is_reported(tmp_path: Path, executor: Executor) -> None:
+    checkpoint = checkpoint_of(tmp_path, a=weights((500, 4), "F32"))
+    path = tmp_path / checkpoint.shards[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    ((_, parts),) = stream(checkpoint, ["a"], lambda info, block: None, Streaming(executor, block_bytes=64))
+    with pytest.raises(CheckpointError, match="a"):
+        list(parts)
+
+
+def test_streaming_is_a_value() -> None:
+    assert dataclasses.replace(Streaming(), stage="x") == Streaming(stage="x")

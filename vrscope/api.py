@@ -1,0 +1,456 @@
+"""The Python interface: the same names, arguments and defaults as the commands.
+
+Each function opens what it is given, calls the stages below it in their one order (source, statistics, plan, rescaled
+checkpoint, measurement, tables), and returns a `Report` or a `RescalePlan`. Nothing here computes a number of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vrscope import stages
+from vrscope.checkpoint.source import open_checkpoint
+from vrscope.errors import PlanError, VerificationError
+from vrscope.executors import default_executor
+from vrscope.progress import Progress, silent
+from vrscope.provenance import provenance
+from vrscope.saving import load_report, merge_reports, save
+from vrscope.stages import ORIGINAL, PROOF_TOKENS, RESCALED
+from vrscope.tables import Report
+from vrscope.verdict import verdict
+
+if TYPE_CHECKING:
+    from vrscope.rescale.methods import MethodOptions
+    from vrscope.rescale.plan import RescalePlan
+
+__all__ = [
+    "analyze",
+    "demo",
+    "describe",
+    "load_report",
+    "measure",
+    "merge_reports",
+    "plan",
+    "rescale",
+    "run",
+    "save",
+    "verify",
+]
+
+DEFAULT_FORMATS = ("int8", "int8-row", "nf4", "fp4", "int4-g64")
+DEFAULT_TOKENS = 2048
+PLAN_COPY, RESCALED_FOLDER = "plan.json", "rescaled"
+Source = str | Path
+
+
+def analyze(
+    model: Source,
+    *,
+    per: Literal["channel", "head"] | None = None,
+    spectral: bool = False,
+    target_std: float = 0.01,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Describe the weights of a checkpoint: variance, kurtosis, outliers, per tensor and against depth.
+
+    Parameters
+    ----------
+    model
+        Folder, safetensors file, index.json or hub id.
+    per
+        Adds a table "channels" (every output and input channel) or "heads" (query heads and KV groups).
+    spectral
+        Adds the top singular value and the stable rank of every matrix; takes tens of passes.
+    target_std
+        What `tvr_ratio` compares with.
+    revision
+        Branch, tag or commit of a hub id.
+    progress
+        Is told of bytes read.
+
+    Returns
+    -------
+    Report
+        Tables "tensors", "depth_law", "histograms", and "channels" or "heads".
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read.
+    """
+    from vrscope.stats.measure import StatOptions
+
+    started = time.monotonic()
+    checkpoint = open_checkpoint(model, revision)
+    roles, family = stages.read_roles(checkpoint)
+    options = StatOptions(target_std=target_std, spectrum=spectral)
+    tables, columns = stages.fill_statistics(checkpoint, roles, options, progress)
+    if per is not None:
+        from vrscope.stats.parts import CHANNEL_COLUMNS, HEAD_COLUMNS, measure_parts
+
+        name = "channels" if per == "channel" else "heads"
+        tables[name] = measure_parts(checkpoint, roles, per, executor=default_executor(), progress=progress)
+        columns[name] = CHANNEL_COLUMNS if per == "channel" else HEAD_COLUMNS
+    settings = {"per": per, "spectral": spectral, "target_std": target_std}
+    facts = provenance(time.monotonic() - started, model=str(model), family=family, settings=settings)
+    if checkpoint.quantization is not None:
+        facts["quantization"] = checkpoint.quantization
+    return Report("analyze", facts, verdict(tables, facts), tables, columns)
+
+
+def plan(
+    model: Source,
+    *,
+    method: str = "wisca",
+    options: MethodOptions | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    revision: str | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> RescalePlan:
+    """Choose the scales of every space of a checkpoint; nothing is written.
+
+    Parameters
+    ----------
+    model
+        Folder, safetensors file, index.json or hub id.
+    method
+        "wisca", "tvr" or "random".
+    options
+        Options of the method; `overrides` set single ones, for example `granularity="tensor"`, `scales="free"`.
+    formats
+        Accepted so that the call reads like the command; choosing does not depend on them, `describe` does.
+    revision, progress
+        As in `analyze`.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read, is quantized, or holds NaN or infinite weights.
+    FamilyError
+        If its architecture is not declared, or the file does not fit the declaration.
+    UnknownNameError
+        If there is no such method, format or option value.
+    """
+    from vrscope.arch.binding import bind
+    from vrscope.rescale.planning import make_plan
+
+    stages.read_formats(formats)
+    checkpoint = open_checkpoint(model, revision)
+    chosen = stages.read_options(overrides, options)
+    return make_plan(checkpoint, bind(checkpoint), method, chosen, default_executor(), progress)[0]
+
+
+def describe(
+    model: Source, plan: RescalePlan, formats: Sequence[str] = DEFAULT_FORMATS, progress: Progress = silent
+) -> Report:
+    """Say what a plan does to a checkpoint without writing it: spaces, matrices, limits, and which formats can feel it.
+
+    Returns
+    -------
+    Report
+        Tables "spaces", "matrices", "unreachable" and "reach".
+
+    Raises
+    ------
+    PlanError
+        If the plan is not for this checkpoint.
+    """
+    from vrscope.arch.binding import bind
+    from vrscope.rescale.profile import profile_weights
+    from vrscope.rescale.scaling import check_plan, tensor_scales
+
+    started = time.monotonic()
+    checkpoint = open_checkpoint(model)
+    binding = bind(checkpoint)
+    check_plan(plan, binding, checkpoint.fingerprint(), checkpoint.name)
+    executor = default_executor()
+    before = profile_weights(checkpoint, binding, executor, progress)
+    after = profile_weights(checkpoint, binding, executor, progress, tensor_scales(binding, plan))
+    tables, columns = stages.fill_plan(checkpoint, binding, plan, (before, after), stages.read_formats(formats))
+    facts = provenance(
+        time.monotonic() - started,
+        model=str(model),
+        family=binding.family,
+        settings={"method": plan.method, **plan.settings, "scales": plan.scales},
+        equivalent=plan.equivalent,
+    )
+    return Report("plan", facts, verdict(tables, facts), tables, columns)
+
+
+def rescale(
+    model: Source,
+    out: Source,
+    *,
+    plan: RescalePlan | Source | None = None,
+    method: str = "wisca",
+    invert: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> RescalePlan:
+    """Write a rescaled copy of a checkpoint: streamed, proved, and put in place whole or not at all.
+
+    Parameters
+    ----------
+    model
+        Folder, safetensors file, index.json or hub id.
+    out
+        Folder to write; it also gets the plan, as `vrscope_plan.json`.
+    plan
+        A plan or its file; None makes one with `method` and `overrides`.
+    invert
+        Undo the plan: on the checkpoint it made, this restores the tensors of the original byte for byte.
+    force
+        Replace an existing checkpoint at `out`.
+    revision, progress
+        As in `analyze`.
+
+    Returns
+    -------
+    RescalePlan
+        The plan that was applied, with the fingerprints of both checkpoints.
+
+    Raises
+    ------
+    OutputError
+        If `out` exists and `force` is not set, or cannot be written.
+    PlanError
+        If the plan is not for this checkpoint or cannot be applied exactly.
+    VerificationError
+        If the proof of the copy fails; then nothing is left behind.
+    """
+    from vrscope.arch.binding import bind
+    from vrscope.rescale.apply import apply_plan
+    from vrscope.rescale.planning import make_plan
+
+    checkpoint = open_checkpoint(model, revision)
+    binding = bind(checkpoint)
+    if plan is None:
+        if invert:
+            message = "invert: expected the plan to undo, found none. Give --plan OUT/vrscope_plan.json."
+            raise PlanError(message)
+        options = stages.read_options(overrides)
+        chosen = make_plan(checkpoint, binding, method, options, default_executor(), progress)[0]
+    else:
+        chosen = stages.read_plan(plan)
+    if invert:
+        chosen = chosen.inverse()
+    return apply_plan(checkpoint, binding, chosen, Path(out), force=force, progress=progress)
+
+
+def verify(
+    a: Source,
+    b: Source,
+    *,
+    plan: RescalePlan | Source | None = None,
+    logits: bool = False,
+    text: Source | None = None,
+    tokens: int = PROOF_TOKENS,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Report:
+    """Prove that checkpoint `b` computes the same function as `a`, from the weights alone.
+
+    Every tensor of `b` must be that of `a` times the recorded scales, and these must belong to the spaces that `a`'s
+    architecture leaves free.
+
+    Parameters
+    ----------
+    a, b
+        The checkpoints; `b` carries its plan, unless `plan` is given.
+    logits
+        Also run both models in float32 and in bfloat16, and compare their logits bit for bit.
+    text, tokens, device
+        What they are run on, and where.
+
+    Returns
+    -------
+    Report
+        Table "proof": check, result, detail.
+
+    Raises
+    ------
+    VerificationError
+        If they are not the same function, or no plan says how they should differ.
+    """
+    from vrscope.arch.binding import bind
+    from vrscope.rescale.plan import NOT_EQUIVALENT
+    from vrscope.rescale.scaling import check_plan
+    from vrscope.rescale.verify import prove
+
+    started = time.monotonic()
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    recorded = stages.recorded_plan(first, second, plan)
+    binding = bind(first)
+    check_plan(recorded, binding, first.fingerprint(), first.name)
+    prove(first, second, binding, recorded, progress)
+    if recorded.equivalent == NOT_EQUIVALENT:
+        message = f"{second.name}: follows its plan, but the plan is raw TVR, which is not function-preserving."
+        raise VerificationError(message)
+    rows = [stages.weight_proof(first, recorded)]
+    if logits:
+        sample = stages.read_sample(first, text, tokens)
+        for dtype in ("float32", "bfloat16"):
+            rows.append(stages.compare_outputs((first, second), recorded, sample, (device, dtype), progress))
+    tables, columns = stages.fill_proof(rows)
+    facts = provenance(
+        time.monotonic() - started,
+        model=str(a),
+        other=str(b),
+        settings={"method": recorded.method, **recorded.settings},
+        equivalent=recorded.equivalent,
+    )
+    return Report("verify", facts, verdict(tables, facts), tables, columns)
+
+
+def measure(
+    model: Source,
+    *others: Source,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    text: Source | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    dtype: str = "float32",
+    weights_only: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Measure what quantization costs, for one or several checkpoints on the same tokens.
+
+    Parameters
+    ----------
+    model
+        The reference: every row is compared with this checkpoint, unquantized.
+    others
+        More checkpoints of the same architecture, such as a rescaled one.
+    formats
+        Names of formats.
+    text
+        A UTF-8 text file; None takes the sample that ships with vrscope.
+    tokens
+        Tokens to measure on, in windows of 512.
+    device, dtype
+        "auto", "cpu" or "cuda"; "float32" or "bfloat16".
+    weights_only
+        Measure only the error of the weights; no model is run and no tokenizer needed.
+
+    Returns
+    -------
+    Report
+        Tables "damage" (unless `weights_only`) and "weight_error".
+    """
+    started = time.monotonic()
+    entries = stages.read_formats(formats)
+    opened = [open_checkpoint(source) for source in (model, *others)]
+    checkpoints = dict(zip(stages.label_checkpoints(opened), opened, strict=True))
+    sample = None if weights_only else stages.read_sample(opened[0], text, tokens)
+    tables, columns = stages.fill_damage(checkpoints, entries, sample, (device, dtype), progress)
+    _, family = stages.read_roles(opened[0])
+    facts = provenance(
+        time.monotonic() - started,
+        model=str(model),
+        family=family,
+        checkpoints={label: checkpoint.name for label, checkpoint in checkpoints.items()},
+        settings={"formats": list(formats), "weights_only": weights_only},
+        notes=tables["damage"].attrs.get("notes", []) if "damage" in tables else [],
+        **stages.sample_facts(sample, device, dtype),
+    )
+    return Report("measure", facts, verdict(tables, facts), tables, columns)
+
+
+def run(
+    model: Source,
+    out: Source,
+    *,
+    method: str = "wisca",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    text: Source | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    force: bool = False,
+    revision: str | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> Report:
+    """Do the whole job: analyze, plan, rescale, prove, and measure the damage before and after.
+
+    Parameters
+    ----------
+    model
+        Folder, safetensors file, index.json or hub id.
+    out
+        Folder for `report.html`, `results.json`, CSV tables, `plan.json`, and the rescaled checkpoint in `rescaled/`.
+    method, overrides
+        As in `plan`.
+    formats, text, tokens, device
+        As in `measure`.
+    force
+        Replace what an earlier run left in `out`.
+
+    Returns
+    -------
+    Report
+        Everything that the page shows.
+    """
+    from vrscope.arch.binding import bind
+    from vrscope.rescale.apply import apply_plan
+    from vrscope.rescale.planning import make_plan
+    from vrscope.rescale.profile import profile_weights
+    from vrscope.stats.measure import StatOptions
+
+    started = time.monotonic()
+    entries, options, folder = stages.read_formats(formats), stages.read_options(overrides), Path(out)
+    checkpoint = open_checkpoint(model, revision)
+    stages.require_new(folder, force)
+    binding = bind(checkpoint)
+    sample = stages.read_sample(
+        checkpoint, text, tokens
+    )  # everything that can be refused is refused before the long work
+
+    tables, columns = stages.fill_statistics(
+        checkpoint, binding.roles, StatOptions(target_std=options.target_std), progress
+    )
+    chosen, before = make_plan(checkpoint, binding, method, options, default_executor(), progress)
+    done = apply_plan(checkpoint, binding, chosen, folder / RESCALED_FOLDER, force=force, progress=progress)
+    rescaled = open_checkpoint(folder / RESCALED_FOLDER)
+    after = profile_weights(rescaled, binding, default_executor(), progress)
+    rows = [stages.weight_proof(checkpoint, done)]
+    short = stages.read_sample(checkpoint, text, min(tokens, PROOF_TOKENS))
+    rows.append(stages.compare_outputs((checkpoint, rescaled), done, short, (device, "float32"), progress))
+    parts = [
+        stages.fill_plan(checkpoint, binding, done, (before, after), entries),
+        stages.fill_proof(rows),
+        stages.fill_damage({ORIGINAL: checkpoint, RESCALED: rescaled}, entries, sample, (device, "float32"), progress),
+    ]
+    for more, described in parts:
+        tables |= more
+        columns |= described
+    facts = provenance(
+        time.monotonic() - started,
+        model=str(model),
+        family=binding.family,
+        equivalent=done.equivalent,
+        settings={"method": method, **done.settings, "scales": done.scales, "formats": list(formats)},
+        notes=tables["damage"].attrs.get("notes", []),
+        **stages.sample_facts(sample, device, "float32"),
+    )
+    report = Report("run", facts, verdict(tables, facts), tables, columns)
+    done.save(folder / PLAN_COPY)
+    save(report, folder)
+    return report
+
+
+def demo(out: Source = "vrscope-demo", *, force: bool = False, progress: Progress = silent) -> Report:
+    """Do the whole job on the small trained model that ships with vrscope."""
+    from vrscope.demo import demo_model
+
+    report = run(demo_model(), out, force=force, progress=progress)
+    report = replace(report, provenance={**report.provenance, "model": "the demo model of vrscope"})
+    save(report, out)
+    return report

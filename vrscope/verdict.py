@@ -1,0 +1,140 @@
+"""The findings in plain words, made from the tables alone. Every sentence carries the numbers it rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Finding = Mapping[str, str]
+GOOD, NOTE, BAD = "good", "note", "bad"
+
+
+def verdict(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> tuple[Finding, ...]:
+    """Return the findings, most important first, as dictionaries with `level` ("good", "note", "bad") and `text`."""
+    findings: list[Finding] = []
+    findings += _function(tables, provenance)
+    findings += _damage(tables)
+    findings += _reach(tables)
+    findings += _health(tables)
+    return tuple(findings)
+
+
+def _say(level: str, text: str) -> Finding:
+    return {"level": level, "text": text}
+
+
+def _function(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> list[Finding]:
+    equivalent = provenance.get("equivalent")
+    if equivalent is None:
+        return []
+    proof = tables.get("proof")
+    details = "; ".join(proof["detail"]) if proof is not None and len(proof) else ""
+    if equivalent == "not equivalent":
+        return [_say(BAD, f"NOT EQUIVALENT: the rescaled checkpoint is another function than the original. {details}")]
+    if equivalent == "bit-equal":
+        text = "The rescaled checkpoint is the same function, bit for bit"
+    else:
+        text = "The rescaled checkpoint is the same function up to one rounding per weight (free scales)"
+    return [_say(GOOD, f"{text}: {details}." if details else f"{text}.")]
+
+
+def _damage(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    damage = tables.get("damage")
+    if damage is None or damage.empty:
+        return []
+    causal = damage["kl"].notna().any()
+    value, error, name = ("kl", "kl_sem", "mean KL") if causal else ("relative_error", "relative_error_sem", "error")
+    unit = " nats" if causal else ""
+    names = list(dict.fromkeys(damage["checkpoint"]))
+    rows = {(row["checkpoint"], row["format"]): row for _, row in damage.iterrows()}
+    findings = []
+    for scheme in dict.fromkeys(damage["format"]):
+        first = rows.get((names[0], scheme))
+        if scheme == "none" or first is None:
+            continue
+        start = f"{scheme}: {name} {first[value]:.4g} ± {first[error]:.2g}{unit}"
+        if causal:
+            start += f", perplexity times {first['perplexity_ratio']:.4f} ± {first['perplexity_ratio_sem']:.2g}"
+        others = [rows[label, scheme] for label in names[1:] if (label, scheme) in rows]
+        if not others:
+            findings.append(_say(NOTE, f"{start}."))
+        for other in others:
+            findings.append(_change(f"{start} in {names[0]}", first, other, (value, error)))
+    return findings
+
+
+def _change(start: str, first: Any, other: Any, columns: tuple[str, str]) -> Finding:
+    value, error = columns
+    now = f"{other[value]:.4g} ± {other[error]:.2g} in {other['checkpoint']}"
+    if other[value] == first[value]:
+        return _say(NOTE, f"{start}, exactly the same in {other['checkpoint']}.")
+    # the two are measured on the same tokens, so treating their errors as independent is cautious
+    noise = math.hypot(first[error], other[error])
+    change = (other[value] / first[value] - 1) * 100 if first[value] else math.inf
+    if not math.isfinite(change) or abs(other[value] - first[value]) < 2 * noise:
+        return _say(NOTE, f"{start}, {now}: no difference beyond the noise of this sample.")
+    word = "less" if change < 0 else "more"
+    return _say(GOOD if change < 0 else BAD, f"{start}, {now}: {abs(change):.0f} % {word}.")
+
+
+def _reach(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    reach = tables.get("reach")
+    if reach is None or reach.empty:
+        return []
+    blind = [str(name) for name in reach.loc[~reach["can_change"].astype(bool), "format"]]
+    if not blind:
+        return []
+    return [
+        _say(
+            NOTE,
+            f"This plan cannot change {', '.join(blind)} at all: its factors are constant over every unit that shares "
+            "a scale in these formats, and the format's own scale absorbs them.",
+        )
+    ]
+
+
+def _health(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    tensors = tables.get("tensors")
+    if tensors is None or tensors.empty:
+        return []
+    findings = []
+    broken = tensors[(tensors["nan_count"].fillna(0) > 0) | (tensors["inf_count"].fillna(0) > 0)]
+    if len(broken):
+        worst = broken.iloc[0]
+        findings.append(
+            _say(
+                BAD,
+                f"{len(broken)} of {len(tensors)} tensors hold NaN or infinite weights, the first of them "
+                f"{worst['tensor']} ({int(worst['nan_count'])} NaN, {int(worst['inf_count'])} infinite).",
+            )
+        )
+    matrices = tensors[(tensors["kind"] == "linear") & tensors["kurtosis_excess"].notna()]
+    if len(matrices):
+        worst = matrices.nlargest(1, "kurtosis_excess").iloc[0]
+        findings.append(
+            _say(
+                NOTE,
+                f"Heaviest tails among {len(matrices)} linear weights: {worst['tensor']}, excess kurtosis "
+                f"{worst['kurtosis_excess']:.3g} (normal = 0), largest weight {worst['absmax'] / worst['std']:.3g} "
+                f"std; median excess kurtosis {matrices['kurtosis_excess'].median():.3g}.",
+            )
+        )
+    law = tables.get("depth_law")
+    if law is not None and len(law):
+        fitted = law[law["exponent_p"].notna() & law["role"].isin(set(matrices["role"]))]
+        if len(fitted):
+            ordered = fitted.sort_values("exponent_p")
+            low, high = ordered.iloc[0], ordered.iloc[-1]
+            findings.append(
+                _say(
+                    NOTE,
+                    "Std against depth, std ~ l^-p (LIR initialises with p = 0.5): p from "
+                    f"{low['exponent_p']:.2f} ± {low['exponent_sem']:.2g} ({low['role']}) to "
+                    f"{high['exponent_p']:.2f} ± {high['exponent_sem']:.2g} ({high['role']}).",
+                )
+            )
+    return findings
