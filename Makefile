@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := vrscope tests tools $(wildcard benchmarks)
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+SOURCES := vrscope tests tools $(wildcard benchmarks notebooks)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full lint format types layers readme reports bench constraints check clean

@@ -23,7 +23,7 @@ def save_tokenizer(folder: Path, before: str = "", after: str = "") -> None:
 
     vocabulary = {token: number for number, token in enumerate([UNKNOWN, START, STOP, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     if before or after:
         special = [(token, vocabulary[token]) for token in (before, after) if token]
         template = " ".join(part for part in (before, "$A", after) if part)

@@ -266,3 +266,21 @@ def hostile_report() -> Report:
     verdict = ({"level": HOSTILE, "text": HOSTILE},)
     described = {t: tuple(Column(str(c), HOSTILE, HOSTILE) for c in f.columns) for t, f in tables.items()}
     return Report(HOSTILE, known, verdict, tables, described)
+
+
+def small_report() -> Report:
+    """Every table with a few rows, for tests that render often."""
+    report = run_report()
+    tables = {name: frame.head(6) for name, frame in report.tables.items()}
+    tables["histograms"] = tables["histograms"].head(2)
+    return replace(report, tables=tables, columns=columns(tables))
+
+
+def shaped_tensors(layers: int, roles: int) -> pd.DataFrame:
+    """Statistics of a model of any number of layers and roles."""
+    rows = [tensor_row("head.weight", "head", None, "head", (8, 8), 0.1)]
+    for layer in range(layers):
+        for role in range(roles):
+            name = f"experts.w{role}"
+            rows.append(tensor_row(f"layers.{layer}.{name}", name, layer, "linear", (8, 8), 0.1))
+    return pd.DataFrame(rows)

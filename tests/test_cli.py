@@ -254,6 +254,7 @@ def test_a_rule_on_an_unknown_column_is_wrong_usage(
 ) -> None:
     code, _, err = answer(capsys, "measure", "m", "--fail-on", "damage.kll>0.25")
     assert code == 2 and "kll" in err and "kl_sem" in err
+    assert not library["measure"].called, "found before any work"
 
 
 def test_an_interrupt_ends_with_130_and_one_line() -> None:
@@ -309,7 +310,7 @@ def test_findings_and_figures_are_shown_escaped_and_empty_columns_are_not(
 ) -> None:
     _, out, _ = answer(capsys, "measure", "m")
     assert "+ all is\\nwell" in out and "! [red]nf4 hurts" in out
-    assert "0.25 ± 0.01" in out
+    assert "0.2500 ± 0.01" in out
     assert "cosine" not in out
 
 

@@ -110,3 +110,12 @@ def test_only_the_message_about_casts_is_held_back(caplog: pytest.LogCaptureFixt
         layer(torch.ones(2, 16))
     assert len(caplog.records) == 2 and "cast" in caplog.records[-1].getMessage()
     assert not logger.filters
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-20, 1e20, 1e38])
+def test_four_bit_holds_near_the_ends_of_float32(kind: str, magnitude: float) -> None:
+    weight = weight_of(20, 90).double()
+    weight = (weight / weight.abs().max() * magnitude).float()
+    error = (bnb.four_bit(weight, kind) - weight).double().norm() / weight.double().norm()
+    assert 0.05 < error < 0.2

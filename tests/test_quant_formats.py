@@ -32,7 +32,9 @@ def weight_of(entry: Format, shape: tuple[int, int], fill: str, seed: int) -> to
     return torch.from_numpy(values.astype(np.float32))
 
 
-def per_block(scope: ScaleScope, shape: tuple[int, int], draw: np.random.Generator, low: float, high: float) -> torch.Tensor:
+def per_block(
+    scope: ScaleScope, shape: tuple[int, int], draw: np.random.Generator, low: float, high: float
+) -> torch.Tensor:
     """Return exponents `(out, in)`, real numbers in low..high, constant over each scale block and free otherwise."""
     rows, columns = shape
     if scope.kind == "tensor" or scope.nested:

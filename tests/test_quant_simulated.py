@@ -1,4 +1,4 @@
-"""Simulated formats against bitsandbytes, torch's fake quantization and plain numpy, to the last bit; and the extremes."""
+"""Simulated formats equal bitsandbytes, torch's fake quantization and plain numpy to the last bit, at any magnitude."""
 
 from __future__ import annotations
 
@@ -96,7 +96,12 @@ def test_int4_equals_torch_fake_quantization(group: int | None, fill: str) -> No
         part = np.ascontiguousarray(weight[:, columns])
         scale, zero = int4_scales(part)
         expected = torch.fake_quantize_per_channel_affine(
-            torch.from_numpy(part), torch.from_numpy(scale[:, 0]), torch.from_numpy(zero[:, 0].astype(np.int32)), 0, 0, 15
+            torch.from_numpy(part),
+            torch.from_numpy(scale[:, 0]),
+            torch.from_numpy(zero[:, 0].astype(np.int32)),
+            0,
+            0,
+            15,
         )
         assert same_bits(found[:, columns].contiguous() + 0.0, expected + 0.0)
 

@@ -49,18 +49,20 @@ def test_a_bin_is_not_wider_than_promised(dtype: str) -> None:
 def test_counts_beyond_are_exact_where_a_bin_is_a_value(dtype: str, mean: float, distance: float) -> None:
     values = sample(dtype)
     expected = int((np.abs(values.to(torch.float64).numpy() - mean) > distance).sum())
-    assert histogram(values, dtype).count_beyond(mean, distance) == (expected, 0)
+    assert histogram(values, dtype).count_beyond(mean, distance) == expected
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
-@pytest.mark.parametrize(("mean", "distance"), [(0.0, 2.0), (0.25, 1.7), (-3.0, 0.5), (0.0, 1e9)])
-def test_counts_beyond_are_wrong_by_no_more_than_they_say(dtype: str, mean: float, distance: float) -> None:
-    values = sample(dtype, 200_001)
-    expected = int((np.abs(values.to(torch.float64).numpy() - mean) > distance).sum())
-    beyond, doubt = histogram(values, dtype).count_beyond(mean, distance)
-    assert abs(beyond - expected) <= doubt
-    assert doubt <= 0.01 * values.numel()
-    assert beyond == pytest.approx(expected, rel=0.01)
+@pytest.mark.parametrize("count", [5, 200_001])
+def test_counts_beyond_are_exact_or_left_open_where_bins_are_wide(dtype: str, count: int) -> None:
+    values = sample(dtype, count)
+    decided = 0
+    for mean, distance in [(0.0, 2.0), (0.25, 1.7), (-3.0, 0.5), (0.0, 300.0), (0.0, 1e9), (500.0, 1.0)]:
+        beyond = histogram(values, dtype).count_beyond(mean, distance)
+        if beyond is not None:
+            assert beyond == int((np.abs(values.to(torch.float64).numpy() - mean) > distance).sum())
+            decided += 1
+    assert decided >= (5 if count == 5 else 2)
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -88,7 +90,7 @@ def test_nothing_finite_gives_nothing(dtype: str) -> None:
     empty = histogram(torch.full((3,), torch.nan).to(DTYPES[dtype]), dtype)
     assert empty.count == 0
     assert np.isnan(empty.abs_quantile(0.5))
-    assert empty.count_beyond(0.0, 1.0) == (0, 0)
+    assert empty.count_beyond(0.0, 1.0) == 0
     counts, below, above = empty.over(np.linspace(-1, 1, 4))
     assert (counts.tolist(), below, above) == ([0, 0, 0], 0, 0)
 

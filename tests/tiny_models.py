@@ -30,7 +30,15 @@ BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 OPT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

@@ -55,9 +55,11 @@ def _formats() -> Listing:
 
 
 def _statistics() -> Listing:
-    from vrscope.stats.statistics import STATISTICS
+    from vrscope.stats.statistics import SPECTRAL_STATISTICS, STATISTICS
 
-    return ("statistic", "unit", "meaning"), [(s.name, s.unit, s.meaning) for s in STATISTICS]
+    rows = [(s.name, s.unit, s.meaning) for s in STATISTICS]
+    rows += [(s.name, s.unit, f"{s.meaning} With --spectral.") for s in SPECTRAL_STATISTICS]
+    return ("statistic", "unit", "meaning"), rows
 
 
 def _methods() -> Listing:

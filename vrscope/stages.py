@@ -87,10 +87,10 @@ def read_plan(plan: RescalePlan | str | Path) -> RescalePlan:
 
 def read_sample(checkpoint: Checkpoint, text: str | Path | None, tokens: int) -> TextSample:
     """Return windows of tokens of a text file, or of the sample that ships with vrscope."""
-    from vrscope.quant.text import SAMPLE_NAME, load_text, make_sample
+    from vrscope.quant.text import load_text, make_sample
 
     path = None if text is None else Path(text)
-    name = f"vrscope {SAMPLE_NAME}" if path is None else path.name
+    name = "sample text of vrscope" if path is None else path.name
     return make_sample(load_text(path), checkpoint, tokens, name=name)
 
 

@@ -46,8 +46,8 @@ def rewrite(
 ) -> None:
     """Write `source` to the folder `out` with the values that `transform` gives.
 
-    The folder is built hidden beside `out`, synced, proved, and then put in place in one step. If anything fails, also
-    `transform`, `prove` or an interrupt, nothing is left and `out` is as before. An empty folder counts as free.
+    The folder is built hidden beside `out`, synced, proved, and put in place in one step. If anything fails, also by an
+    interrupt, nothing is left and `out` is as before. An empty folder counts as free.
 
     Parameters
     ----------
@@ -56,10 +56,10 @@ def rewrite(
     out
         Folder to write; missing parents are made.
     transform
-        Called for each block of each float tensor, in the order of their bytes; returns the values to write, in the
-        dtype and shape of the block. Other tensors are copied byte for byte.
+        Called for each block of each float tensor; returns its new values in the same dtype and shape. Other tensors
+        are copied byte for byte.
     extra
-        File name to text, written beside the weights in place of a copied file of that name.
+        File name to text, written beside the weights; goes before a copied file of that name.
     force
         Replace an earlier checkpoint at `out`.
     prove
@@ -91,8 +91,7 @@ def rewrite(
             writer.copy(name)
         for name, text in extra.items():
             writer.text(name, text)
-        with output_errors(target):
-            sync_folders(folder)
+        writer.sync()
         copy = open_checkpoint(folder / (source.index or source.shards[0]))
         prove(dataclasses.replace(copy, name=str(out)))
 
@@ -138,6 +137,11 @@ class _Writer:
         with self._new(name) as file, output_errors(self.target):
             _write_all(file, text.encode("utf-8"))
             os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Flush the folders to the disk; the files are there already."""
+        with output_errors(self.target):
+            sync_folders(self.folder)
 
     def _new(self, name: str) -> IO[bytes]:
         with output_errors(self.target):

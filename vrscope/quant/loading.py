@@ -7,9 +7,11 @@ the same order whatever the values, so that two checkpoints that differ by exact
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vrscope.checkpoint.source import Checkpoint
@@ -19,7 +21,6 @@ from vrscope.quant.memory import DTYPE_BYTES, require_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-STANDARD_NAMES = {"model.safetensors", "model.safetensors.index.json"}
 UNUSED = ("pooler.",)  # parts of an encoder behind its last hidden state
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -200,13 +201,15 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
     require_memory(checkpoint, device, dtype)
     builder = AutoModelForCausalLM if causal else AutoModel
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _standard_folder(checkpoint) as folder:
             model, info = builder.from_pretrained(
-                **_source(checkpoint),
+                folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation="eager",
                 experts_implementation="eager",
                 trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except Exception as error:  # transformers raises whatever the model's own code happens to raise
@@ -253,20 +256,21 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return where `from_pretrained` finds the weights: the folder, or if file names are unusual the tensors."""
-    names = {checkpoint.index} if checkpoint.index else set(checkpoint.shards)
-    if names <= STANDARD_NAMES:
-        return {
-            "pretrained_model_name_or_path": checkpoint.folder,
-            "local_files_only": True,
-            "use_safetensors": True,
-        }
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
+@contextmanager
+def _standard_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yield a folder whose file names are those transformers looks for: the checkpoint's, or one of links to it."""
+    weights = checkpoint.index or checkpoint.shards[0]
+    standard = "model.safetensors.index.json" if checkpoint.index else "model.safetensors"
+    if weights == standard:
+        yield checkpoint.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="vrscope-") as name:
+        links = {"config.json": "config.json", standard: weights}
+        if checkpoint.index:
+            links |= {shard: shard for shard in checkpoint.shards}
+        for link, target in links.items():
+            (Path(name) / link).symlink_to((checkpoint.folder / target).absolute())
+        yield Path(name)
 
 
 def _each(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -154,9 +154,9 @@ def _encode_beginning(text: str, encode: Callable[[str], list[int]], needed: int
 
 def _window_sizes(tokens: int, window: int, special: int) -> list[int]:
     """Return window lengths that add up to `tokens`, each with room for at least one token of text."""
-    sizes = [window] * (tokens // window)
-    rest = tokens % window
-    if rest:
+    sizes = [window] * (tokens // window) if window > 0 else []
+    rest = tokens % window if window > 0 else 0
+    if rest and tokens > 0:
         missing = max(0, special + 1 - rest)
         if sizes:
             sizes[-1] -= missing
@@ -164,8 +164,8 @@ def _window_sizes(tokens: int, window: int, special: int) -> list[int]:
         sizes.append(rest)
     if not sizes or min(sizes) <= special:
         message = (
-            f"expected windows longer than the {special} special tokens in each, found {tokens:,} tokens in windows "
-            f"of {window:,}. Ask for more with --tokens."
+            f"expected tokens of text besides the {special} special tokens of each window, found room for {tokens:,} "
+            f"tokens in windows of {window:,}. Ask for more with --tokens."
         )
         raise TextError(message)
     return sizes

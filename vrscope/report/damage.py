@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,10 @@ def damage(report: Report) -> Section | None:
     chart = _chart(rows, measure, axis)
     blocks: list[Block] = [] if chart is None else [chart]
     caption = f"Damage per format{_measured_on(report, frame)}"
-    note = "± is one standard error. A change is coloured if it is larger than one standard error."
+    note = (
+        "± is one standard error. A change counts as noise below two standard errors of the difference, the two taken "
+        "as independent, which is cautious: both are measured on the same tokens."
+    )
     blocks.append(_table(report, rows, _CAUSAL if causal else _ENCODER, Table(caption, (), (), note)))
     if any(np.isfinite(numbers(frame, c)).any() for c in _TAIL):
         fold = "How KL spreads over tokens"
@@ -135,6 +139,7 @@ def _table(report: Report, rows: _Rows, columns: tuple[str, ...], empty: Table) 
         if c == shown[0] and several:
             heads.append(Head("change", "", "Relative change against the first checkpoint.", numeric=True))
     labels, blind = rows.labels(), _out_of_reach(report)
+    data = {c: (numbers(rows.frame, c), numbers(rows.frame, f"{c}_sem")) for c in shown}
     filled: list[tuple[Cell, ...]] = []
     for k, name in enumerate(rows.formats):
         cells = []
@@ -144,7 +149,7 @@ def _table(report: Report, rows: _Rows, columns: tuple[str, ...], empty: Table) 
             place = rows.place(k)
             cells.append(Cell(rows.checkpoints[rows.keys[k]], swatch=f"--series-{min(place, 4)}"))
         for c in shown:
-            value, sem = numbers(rows.frame, c), numbers(rows.frame, f"{c}_sem")
+            value, sem = data[c]
             cells.append(Cell(plus_minus(value[k], sem[k]), "num"))
             if c == shown[0] and several:
                 cells.append(_changed(rows, k, (value, sem), name in blind))
@@ -153,7 +158,7 @@ def _table(report: Report, rows: _Rows, columns: tuple[str, ...], empty: Table) 
 
 
 def _changed(rows: _Rows, row: int, measured: tuple[Floats, Floats], blind: bool) -> Cell:
-    """Say how far a row moved from the first checkpoint's; coloured only if by more than its standard error."""
+    """Say how far a row moved from the first checkpoint's; coloured only if that is more than noise."""
     values, sems = measured
     first = next(iter(rows.checkpoints))
     pairs = list(zip(rows.keys, rows.formats, strict=True))
@@ -163,9 +168,9 @@ def _changed(rows: _Rows, row: int, measured: tuple[Floats, Floats], blind: bool
     words = change(values[base], values[row])
     if words in {MISSING, "unchanged"}:
         return Cell(words, "num muted", note="out of reach" if blind and words == "unchanged" else "")
-    error = max((float(s) for s in (sems[base], sems[row]) if not is_missing(s)), default=0.0)
-    if abs(values[row] - values[base]) < error:
-        return Cell(words, "num muted", note="< 1 SEM")
+    error = math.hypot(*(0.0 if is_missing(s) else float(s) for s in (sems[base], sems[row])))
+    if abs(values[row] - values[base]) < 2 * error:
+        return Cell(words, "num muted", note="within noise")
     return Cell(words, "num good" if values[row] < values[base] else "num bad")
 
 

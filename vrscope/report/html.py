@@ -7,6 +7,7 @@ It is a function of the report alone, so the same report gives the same bytes.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,8 @@ from vrscope.report.headline import headline
 from vrscope.tables import Report, write_text
 
 if TYPE_CHECKING:
+    import jinja2
+
     from vrscope.report.blocks import Section
 
 _BUILDERS = (
@@ -42,19 +45,10 @@ def render(report: Report) -> str:
     report
         What a command found. A section appears only if its table has rows; missing columns and values are left blank.
     """
-    import jinja2
     from markupsafe import Markup
 
     sections = [section for section in (build(report) for build in _BUILDERS) if section is not None]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vrscope.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["svg"] = Markup  # only what figures.py drew, which escaped its text
-    environment.filters["breakable"] = lambda name: Markup(".<wbr>").join(str(name).split("."))
+    environment = _environment()
     script, style = _source(environment, "page.js"), _source(environment, "style.css")
     return environment.get_template("page.html.j2").render(
         top=headline(report),
@@ -78,6 +72,23 @@ def write(report: Report, path: Path) -> None:
     write_text(path, render(report))
 
 
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vrscope.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup  # only what figures.py drew, which escaped its text
+    environment.filters["breakable"] = lambda name: Markup(".<wbr>").join(str(name).split("."))
+    return environment
+
+
 def _payload(sections: list[Section]) -> dict[str, Any]:
     """Merge what the sections leave for the script: the tensor table under its name, the maps under "maps"."""
     merged: dict[str, Any] = {"maps": {}}
@@ -96,9 +107,9 @@ def _embed(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _source(environment: Any, name: str) -> str:
-    source: str = environment.loader.get_source(environment, name)[0]
-    return source.replace("\r\n", "\n")
+def _source(environment: jinja2.Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0].replace("\r\n", "\n")
 
 
 def _ruler() -> list[tuple[float, int]]:

@@ -131,7 +131,7 @@ def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.
     else:
         wide = wide + 1.0 if scale.one_plus else wide
         for window in scale.window(info, block):
-            wide = wide * torch.from_numpy(np.ascontiguousarray(window))
+            wide = wide * torch.from_numpy(np.array(window))
         wide = wide - 1.0 if scale.one_plus else wide
     stored = wide.to(values.dtype)
     if not bool(torch.isfinite(stored.to(torch.float32)).all()):

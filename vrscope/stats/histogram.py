@@ -35,21 +35,18 @@ class Bins:
     upper: Floats
     ends: Counts
 
-    def below(self, bounds: Floats, *, inclusive: bool = False) -> tuple[Floats, Counts]:
-        """Return how many values lie below each of `bounds` (or on it), and the counts of the bins these tear.
+    def below(self, bounds: Floats) -> Floats:
+        """Return how many values lie below each of `bounds`; a bin that a bound tears counts by the share of its width.
 
-        A torn bin counts by the share of its width. Same shapes as `bounds`.
+        Same shape as `bounds`.
         """
-        place = self.lower.searchsorted(bounds, side="right" if inclusive else "left")
-        if not self.ends.size:
-            return np.zeros(bounds.shape), np.zeros(bounds.shape, np.int64)
+        place = self.lower.searchsorted(bounds)
         last = np.maximum(place - 1, 0)
         reach = np.where(place > 0, self.upper[last] - bounds, 0.0)
-        torn = (reach > 0) & (self.upper[last] > self.lower[last])
+        width = self.upper[last] - self.lower[last]
         before = np.where(last > 0, self.ends[last - 1], 0)
-        counts = np.where(torn, self.ends[last] - before, 0)
-        width = np.where(torn, self.upper[last] - self.lower[last], 1.0)
-        return np.where(place > 0, self.ends[last], 0) - counts * np.clip(reach / width, 0.0, 1.0), counts
+        torn = (self.ends[last] - before) * np.clip(reach / np.where(width > 0, width, 1.0), 0.0, 1.0)
+        return np.where(place > 0, self.ends[last], 0) - torn
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +73,16 @@ class Histogram:
         below, above = _order_statistic(self.magnitudes, rank), _order_statistic(self.magnitudes, math.ceil(position))
         return below + (above - below) * (position - rank)
 
-    def count_beyond(self, mean: float, distance: float) -> tuple[float, int]:
-        """Return how many values lie more than `distance` away from `mean`, and by how much that may be wrong.
+    def count_beyond(self, mean: float, distance: float) -> int | None:
+        """Return how many values lie more than `distance` away from `mean`.
 
-        The second number is the count of the bins that hold a threshold: 0 for types of 8 and 16 bits.
+        None if values of F32 or F64 share a bin with one of the two thresholds, so that the histogram cannot tell.
         """
-        below, torn_below = self.values.below(np.array([mean - distance]))
-        within, torn_above = self.values.below(np.array([mean + distance]), inclusive=True)
-        return float(below[0]) + self.count - float(within[0]), int(torn_below[0] + torn_above[0])
+        low, high, bins = mean - distance, mean + distance, self.values
+        below, within = int(bins.lower.searchsorted(low)), int(bins.lower.searchsorted(high, side="right"))
+        if (below and bins.upper[below - 1] > low) or (within and bins.upper[within - 1] > high):
+            return None
+        return (int(bins.ends[below - 1]) if below else 0) + self.count - (int(bins.ends[within - 1]) if within else 0)
 
     def over(self, edges: Floats) -> tuple[Counts, int, int]:
         """Return the counts between `edges` (ascending, shape `(n + 1,)`), and how many values lie below and above.
@@ -91,7 +90,9 @@ class Histogram:
         A value on an edge belongs to the bin that starts there, as in `numpy.histogram`, but for the last edge, where
         it counts as above.
         """
-        below = np.rint(self.values.below(edges)[0]).astype(np.int64)
+        if not self.count:
+            return np.zeros(edges.size - 1, np.int64), 0, 0
+        below = np.rint(self.values.below(edges)).astype(np.int64)
         return np.diff(below), int(below[0]), self.count - int(below[-1])
 
 

@@ -55,9 +55,11 @@ def _share(part: int, summary: Summary) -> float:
 
 def _spread(absmax: NDArray[np.float64] | None) -> float:
     """Return maximum over median of channel maxima; NaN without channels or where the median is 0."""
-    finite = absmax[~np.isnan(absmax)] if absmax is not None else np.zeros(0)
-    median = float(np.median(finite)) if finite.size else 0.0
-    return float(finite.max()) / median if median > 0 else math.nan
+    if absmax is None:
+        return math.nan
+    ordered = np.sort(absmax[~np.isnan(absmax)])
+    median = float(ordered[(ordered.size - 1) // 2] + ordered[ordered.size // 2]) / 2 if ordered.size else 0.0
+    return float(ordered[-1]) / median if median > 0 else math.nan
 
 
 def _stable_rank(summary: Summary) -> float:

@@ -75,10 +75,8 @@ class Summary:
         if self.moments.is_constant:
             return 0.0 if self.count else math.nan
         mean, distance = float(self.moments.mean), sigmas * float(self.moments.std)
-        beyond, doubt = self.histogram.count_beyond(mean, distance)
-        if doubt:
-            beyond = self.recount(mean, distance)
-        return beyond / self.count
+        beyond = self.histogram.count_beyond(mean, distance)
+        return (self.recount(mean, distance) if beyond is None else beyond) / self.count
 
 
 @dataclass(frozen=True, slots=True)

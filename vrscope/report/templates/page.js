@@ -52,7 +52,10 @@
       const element = document.createElement(column.name ? "th" : "td");
       const value = column.rows[row];
       element.textContent = column.text ? column.text[value] || "–" : say(value, column.whole);
-      if (column.name) element.scope = "row";
+      if (column.name) {
+        element.scope = "row";
+        element.replaceChildren(...column.text[value].split(/(?<=\.)/).flatMap((part) => [part, document.createElement("wbr")]));
+      }
       const looks = [column.text ? (column.name ? "name" : "") : "num", column.extra ? "extra" : "",
         column.warn && value > 0 ? "bad" : "", element.textContent.length > 24 ? "long" : ""];
       element.className = looks.filter(Boolean).join(" ");

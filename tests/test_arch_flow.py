@@ -1,0 +1,91 @@
+"""Declarations: strict reading, inheritance, and what the shipped file says."""
+
+import pytest
+
+from vrscope.arch.binding import families, find_family
+from vrscope.arch.flow import read_families
+from vrscope.errors import FamilyError
+
+BASE = """
+[base]
+model_types = ["base"]
+prefixes = ["model."]
+stacks.layer = { path = "{p}layers.{i}.", count = "num_hidden_layers" }
+top."{p}embed" = "embed tok -> res"
+layer."norm" = "norm res -> x1"
+layer."up?" = "x1 -> up"
+"""
+
+
+def declared(tmp_path, text):
+    path = tmp_path / "families.toml"
+    path.write_text(text, encoding="utf-8")
+    return {family.name: family for family in read_families(path)}
+
+
+def test_like_inherits_replaces_and_removes_lines(tmp_path):
+    text = BASE + '[child]\nlike = "base"\nmodel_types = ["child"]\nlayer."up" = "x1 -> fc"\nlayer."norm" = ""\n'
+    family = declared(tmp_path, text)["child"]
+    assert [(line.stem, line.required) for line in family.lines["layer"]] == [("up", True)]
+    assert family.prefixes == ("model.",)
+
+
+def test_a_child_does_not_inherit_model_types(tmp_path):
+    assert declared(tmp_path, BASE + '[child]\nlike = "base"\n')["child"].model_types == ()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("rotaryy = 1\n", "unknown key 'rotaryy'"),
+        ('rope = "helf"\n', "expected one of half"),
+        ('layer."x" = "x1 up"\n', "expected 'reads -> writes'"),
+        ('layer."x" = { flow = "x1 -> up", bais = "none" }\n', "unknown option 'bais'"),
+        ('layer."x" = { flow = "x1 -> up", bias = "maybe" }\n', "expected one of none"),
+        ('layer."x" = "x1 -> (up"\n', "not a layout"),
+        ('op.a = "gated gate up"\n', "expected an operation"),
+        ('op.a = "mix a b -> c"\n', "expected an operation"),
+        ('spaces.q = "g-r"\n', "expected axis names"),
+        ('tied = { head = "lm_head" }\n', "expected head, embedding and default"),
+        ('like = "nobody"\n', "names no earlier family"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(tmp_path, more, words):
+    with pytest.raises(FamilyError, match="base") as caught:
+        declared(tmp_path, BASE.replace("[base]\n", "[base]\n" + more))
+    assert words in str(caught.value)
+
+
+def test_not_toml(tmp_path):
+    with pytest.raises(FamilyError, match="not a readable TOML"):
+        declared(tmp_path, "[base")
+
+
+def test_every_shipped_family_is_reached_by_its_own_model_types():
+    for family in families():
+        for model_type in family.model_types:
+            found = find_family({"model_type": model_type, **family.when})
+            assert found.name == family.name
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "expected a model_type"),
+        ({"model_type": "helium"}, "not a declared architecture"),  # llama's names, interleaved RoPE
+        ({"model_type": "ernie4_5"}, "not a declared architecture"),
+        ({"model_type": "arcee"}, "not a declared architecture"),  # llama's names, no gate
+        ({"model_type": "nanochat"}, "not a declared architecture"),  # norms without weights
+        ({"model_type": "lama"}, "'llama' is a different one"),
+        ({"model_type": ["llama"]}, "expected a model_type"),
+    ],
+)
+def test_unknown_architectures_are_refused_never_guessed(config, words):
+    with pytest.raises(FamilyError) as caught:
+        find_family(config)
+    assert words in str(caught.value)
+
+
+def test_variants_of_one_model_type_are_told_apart_by_config():
+    assert find_family({"model_type": "opt"}).name == "opt"
+    assert find_family({"model_type": "opt", "do_layer_norm_before": False}).name == "opt_postln"
