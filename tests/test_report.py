@@ -19,7 +19,7 @@ import pytest
 import report_samples as samples
 
 from vrscope.errors import OutputError
-from vrscope.report import figures, html, text
+from vrscope.report import figures, html
 from vrscope.report.headline import badge, headline
 from vrscope.tables import Report, from_json, to_json
 
@@ -374,50 +374,3 @@ def test_every_colour_of_a_figure_has_a_variable_in_the_style() -> None:
     style = (PACKAGE / "templates" / "style.css").read_text(encoding="utf-8")
     for name in VARIABLES.values():
         assert f"{name}: #" in style, name
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (0, "0"), (0.0, "0"), (-0.25, "−0.2500"), (24.1, "24.10"), (1234567, "1,234,567"), (1234.5678, "1,235"),
-        (1.2e-5, "1.20×10⁻⁵"), (4.1e35, "4.10×10³⁵"), (-3.3e8 - 0.5, "−3.30×10⁸"), (None, "–"), (float("nan"), "–"),
-        (float("inf"), "–"), ("word", "–"), (np.float32(0.5), "0.5000"), (np.int64(7), "7"), (pd.NA, "–"),
-    ],
-)  # fmt: skip
-def test_numbers_have_four_significant_digits(value: object, words: str) -> None:
-    assert text.number(value) == words
-
-
-@pytest.mark.parametrize(
-    ("value", "sem", "words"),
-    [
-        (0.25401, 0.00512, "0.2540 ± 0.0051"), (24.123, 0.9, "24.12 ± 0.90"), (1.0, 0.0, "1"), (1.0, 1e-17, "1"),
-        (0.5, None, "0.5000"), (None, 0.1, "–"), (4.1e35, 2e33, "4.1×10³⁵ ± 2×10³³"), (151.2, 33.0, "151 ± 33"),
-    ],
-)  # fmt: skip
-def test_uncertain_numbers_end_where_their_error_does(value: object, sem: object, words: str) -> None:
-    assert text.plus_minus(value, sem) == words
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "words"),
-    [
-        (0.25, 0.25, "unchanged"), (0.25, 0.2, "−20.0 %"), (0.25, 0.2501, "+0.04 %"), (0.1, 20, "×200"), (0, 1, "–"),
-        (None, 1, "–"), (0, 0, "unchanged"), (0.25, np.nextafter(0.25, 1), "+0.00 %"),
-    ],
-)  # fmt: skip
-def test_only_equal_values_are_called_unchanged(before: object, after: object, words: str) -> None:
-    assert text.change(before, after) == words
-
-
-def test_long_names_keep_head_and_tail() -> None:
-    assert text.shorten("model.layers.29.mlp.down_proj.weight", 20) == "model.la…proj.weight"
-    assert len(text.shorten("y" * 500, 26)) == 26
-    assert text.shorten("short", 26) == "short"
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(999, "999 bytes"), (1500, "1.500 kB"), (2.69e8, "269 MB"), (3e12, "3 TB")]
-)
-def test_sizes_come_in_the_largest_fitting_unit(count: float, words: str) -> None:
-    assert text.size(count) == words

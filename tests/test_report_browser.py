@@ -273,7 +273,7 @@ def test_print_shows_the_report_without_its_controls(visit: Open) -> None:
     assert not page.locator("nav").is_visible()
     assert not page.locator(".controls").is_visible()
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(19, 33, 30)"
-    assert page.locator(".explorer tbody tr:visible").count() == 60
+    assert page.locator(".explorer tbody tr:visible").count() == 30
 
 
 def test_everything_that_scrolls_can_be_reached_and_is_named(visit: Open) -> None:

@@ -111,7 +111,7 @@ def test_histogram_is_compared_with_the_normal_distribution() -> None:
 
 def test_names_are_escaped_and_never_read_as_formulas() -> None:
     bars = [figures.Bars("a", np.array([0.2]), np.array([0.1]))]
-    for name in (samples.HOSTILE, "$\\frac{1}{", "]]>", "模型 😀"):
+    for name in (samples.HOSTILE, "$\\frac{1}{$", "]]>", "模型 😀"):
         shown = text.visible(name)
         drawing = figures.damage_bars([[0]], [shown], bars, shown)
         assert text.shorten(shown, 18) in words(drawing)

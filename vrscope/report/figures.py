@@ -67,12 +67,12 @@ def damage_bars(groups: Sequence[Sequence[int]], rows: Sequence[str], bars: Sequ
         for k, row in enumerate(rows)
     )
     with drawing():
-        figure = canvas(820, total)
+        figure = canvas(720, total)
         left = 16 + 6.8 * max(len(shorten(row, 18)) for row in rows)
         top = total
         for group, height in zip(groups, heights, strict=True):
             top -= height
-            axes = figure.add_axes((left / 820, top / total, (804 - left) / 820, height / total))
+            axes = figure.add_axes((left / 720, top / total, (704 - left) / 720, height / total))
             _bar_panel(axes, group, rows, bars)
             axes.set_xlabel(unit)
             top -= 46

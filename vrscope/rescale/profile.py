@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import Space, Term
-from vrscope.checkpoint.source import Checkpoint, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
 from vrscope.executors import Executor
 from vrscope.progress import Progress
 from vrscope.rescale.scaling import TensorScale, require_finite, scale_block
@@ -131,35 +131,66 @@ def profile_weights(
 def _slice(
     checkpoint: Checkpoint, info: TensorInfo, wanted: set[Dims], scale: TensorScale | None
 ) -> tuple[dict[Dims, Slices], float]:
-    import torch
-
-    sums = {}
-    for dims in wanted:
-        shape = [size if dim in dims else 1 for dim, size in enumerate(info.shape)]
-        sums[dims] = [np.zeros(shape) for _ in range(4)]
+    sums = {dims: np.zeros((4, *_reduced(info, dims))) for dims in wanted}
     least = np.inf
     for block in checkpoint.row_blocks(info.name, PROFILE_BYTES):
         require_finite(info, block)
-        stored = block.values if scale is None else scale_block(info, block, scale)
-        values = stored.reshape(-1, *info.shape[1:]).to(torch.float64)
-        magnitude = values.abs()
-        nonzero = torch.where(magnitude > 0, magnitude, torch.inf)
-        least = min(least, float(nonzero.min()))
-        square = magnitude * magnitude
-        at = block.first_row if len(info.shape) > 1 else block.first_column
-        for dims, (total, absolute, squares, largest) in sums.items():
-            over = [dim for dim in range(len(info.shape)) if dim not in dims]
-            here = slice(at, at + values.shape[0]) if 0 in dims else slice(None)
-            total[here] += _sum(values, over)
-            absolute[here] += _sum(magnitude, over)
-            squares[here] += _sum(square, over)
-            peak = torch.amax(magnitude, dim=over, keepdim=True).numpy() if over else magnitude.numpy()
-            largest[here] = np.maximum(largest[here], peak)
+        stored = block if scale is None else replace(block, values=scale_block(info, block, scale))
+        least = min(least, (_add_matrix if len(info.shape) <= 2 else _add_tensor)(info, stored, sums))
     found = {}
     for dims, arrays in sums.items():
         slice_count = int(np.prod([size for dim, size in enumerate(info.shape) if dim not in dims], dtype=np.int64))
         found[dims] = Slices(slice_count, *arrays)
     return found, least
+
+
+def _reduced(info: TensorInfo, dims: Dims) -> list[int]:
+    return [size if dim in dims else 1 for dim, size in enumerate(info.shape)]
+
+
+def _add_matrix(info: TensorInfo, block: RowBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
+    """Add a block of a matrix or vector to its sums, and return its smallest nonzero magnitude."""
+    import torch
+
+    from vrscope.rescale.kernels import add_sums
+
+    wide = torch.float64 if block.values.dtype == torch.float64 else torch.float32
+    values = block.values.to(wide).numpy()
+    rows, columns = np.zeros((4, values.shape[0])), np.zeros((4, values.shape[1]))
+    least = float(add_sums(values, rows, columns))
+    for dims, arrays in sums.items():
+        if len(info.shape) < 2:  # a vector is one row; its elements are columns
+            part = columns if dims else rows
+            here = arrays[:, block.first_column : block.first_column + values.shape[1]] if dims else arrays
+            here = here.reshape(4, -1)
+        else:
+            part = rows[:, :, None] if 0 in dims else columns[:, None, :]
+            here = arrays[:, block.first_row : block.first_row + values.shape[0]] if 0 in dims else arrays
+            if not dims:
+                part = _pool(rows)[:, None, None]
+        here[:3] += part[:3]
+        np.maximum(here[3], part[3], out=here[3])
+    return least
+
+
+def _pool(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.append(rows[:3].sum(axis=1), rows[3].max(initial=0.0))
+
+
+def _add_tensor(info: TensorInfo, block: RowBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
+    """Add a block of a tensor of three or more dimensions to its sums, and return its smallest nonzero magnitude."""
+    import torch
+
+    values = block.values.reshape(-1, *info.shape[1:]).to(torch.float64)
+    magnitude = values.abs()
+    for dims, arrays in sums.items():
+        over = [dim for dim in range(len(info.shape)) if dim not in dims]
+        here = arrays[:, block.first_row : block.first_row + values.shape[0]] if 0 in dims else arrays
+        for at, part in enumerate((values, magnitude, magnitude * magnitude)):
+            here[at] += _sum(part, over)
+        peak = torch.amax(magnitude, dim=over, keepdim=True).numpy() if over else magnitude.numpy()
+        np.maximum(here[3], peak, out=here[3])
+    return float(torch.where(magnitude > 0, magnitude, torch.inf).min())
 
 
 def _sum(values: torch.Tensor, over: list[int]) -> NDArray[np.float64]:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Bits of a value and of its mantissa. F8_E4M3 has finite values in its top exponent field; those are multiplied.
+_BITS = {"F64": (64, 52), "F32": (32, 23), "F16": (16, 10), "BF16": (16, 7), "F8_E4M3": (8, 3), "F8_E5M2": (8, 2)}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorScale:
     """The scales of one tensor.
@@ -114,17 +118,8 @@ def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.
 
     values = block.values
     if scale.exponents:
-        work = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
-        for window in scale.window(info, block):
-            work = work * torch.from_numpy(np.ldexp(1.0, window)).to(work.dtype)
-        stored = work.to(values.dtype)
-        if not in_range(values, work, stored):
-            message = (
-                f"{info.name} ({info.shard}): a power of two would push weights out of the normal range of "
-                f"{info.dtype}, so the result would not be exact. Plan with a smaller --limit, or store it as BF16."
-            )
-            raise PlanError(message)
-        return stored
+        shifted = _shift(info, block, scale)
+        return _multiply(info, block, scale) if shifted is None else shifted
     wide = values.to(torch.float64)
     if scale.affine is not None:
         wide = wide * scale.affine[0] + scale.affine[1]
@@ -140,9 +135,45 @@ def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.
     return stored
 
 
-def in_range(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Return whether storing lost nothing and made no new subnormal; `exact` is float32 or float64."""
-    return not bool(out_of_range(before, exact, stored).any())
+def _shift(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor | None:
+    """Return the block with its exponent bits shifted, or None where bits alone cannot do it (subnormals, limits)."""
+    import torch
+
+    from vrscope.rescale.kernels import shift_exponents
+
+    rows, columns = (np.zeros(size, np.int64) for size in block.values.shape)
+    for window in scale.window(info, block):
+        if window.shape[1] == 1:
+            rows += window[:, 0]
+        elif window.shape[0] == 1:
+            columns += window[0]
+        else:
+            return None
+    width, mantissa = _BITS[info.dtype]
+    signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
+    values = block.values.contiguous().clone()
+    bits = values.view(signed).numpy().view(f"uint{width}")
+    magnitude = (1 << (width - 1)) - 1
+    largest = (magnitude >> mantissa) - 1  # the field above it is infinity and NaN
+    failed = shift_exponents(bits, rows, columns, mantissa, magnitude, largest)
+    return None if failed else values
+
+
+def _multiply(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor:
+    """Return the block multiplied in a wider type and stored again; refuse if that lost anything."""
+    import torch
+
+    work = block.values.to(torch.float64)
+    for window in scale.window(info, block):
+        work = work * torch.from_numpy(np.ldexp(1.0, window))
+    stored = work.to(block.values.dtype)
+    if bool(out_of_range(block.values, work, stored).any()):
+        message = (
+            f"{info.name} ({info.shard}): a power of two would push weights out of the normal range of "
+            f"{info.dtype}, so the result would not be exact. Plan with a smaller --limit, or store it as BF16."
+        )
+        raise PlanError(message)
+    return stored
 
 
 def out_of_range(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
