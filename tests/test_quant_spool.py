@@ -22,8 +22,9 @@ def test_matrices_come_back_in_any_order_and_bit_for_bit() -> None:
         assert len(spool) == 4
         for index in (2, 0, 3, 1, 0):
             assert torch.equal(spool.read(index).view(torch.int32), matrices[index].contiguous().view(torch.int32))
-        spool.append(matrices[0])
-        assert torch.equal(spool.read(4), matrices[0])
+        spool.append(matrices[0])  # after a read in the middle
+        assert [spool.read(index).shape for index in range(5)] == [matrix.shape for matrix in [*matrices, matrices[0]]]
+        assert torch.equal(spool.read(4), matrices[0]) and torch.equal(spool.read(1), matrices[1])
 
 
 def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,9 @@ class LoadedModel:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            message = f"{self.name}: not enough memory to run {len(window):,} tokens. Measure with a smaller --window."
+            message = (
+                f"{self.name}: not enough memory to run {len(window):,} tokens. Free some, or use --dtype bfloat16."
+            )
             raise ModelError(message) from error
 
 
