@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,7 @@ from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import PlanError, VerificationError
 from vrscope.executors import default_executor
 from vrscope.progress import Progress, silent
-from vrscope.provenance import provenance
+from vrscope.provenance import command_line, provenance
 from vrscope.saving import load_report, merge_reports, save
 from vrscope.stages import ORIGINAL, PROOF_TOKENS, RESCALED
 from vrscope.tables import Report
@@ -44,6 +43,7 @@ __all__ = [
 DEFAULT_FORMATS = ("int8", "int8-row", "nf4", "fp4", "int4-g64")
 DEFAULT_TOKENS = 2048
 PLAN_COPY, RESCALED_FOLDER = "plan.json", "rescaled"
+DEMO = "the demo model of vrscope"
 Source = str | Path
 
 
@@ -97,7 +97,8 @@ def analyze(
         tables[name] = measure_parts(checkpoint, roles, per, executor=default_executor(), progress=progress)
         columns[name] = CHANNEL_COLUMNS if per == "channel" else HEAD_COLUMNS
     settings = {"per": per, "spectral": spectral, "target_std": target_std}
-    facts = provenance(time.monotonic() - started, model=str(model), family=family, settings=settings)
+    command = command_line("analyze", [model], settings)
+    facts = provenance(time.monotonic() - started, model=str(model), family=family, settings=settings, command=command)
     if checkpoint.quantization is not None:
         facts["quantization"] = checkpoint.quantization
     return Report("analyze", facts, verdict(tables, facts), tables, columns)
@@ -359,6 +360,7 @@ def measure(
         checkpoints={label: checkpoint.name for label, checkpoint in checkpoints.items()},
         settings={"formats": list(formats), "weights_only": weights_only},
         notes=tables["damage"].attrs.get("notes", []) if "damage" in tables else [],
+        command=command_line("measure", [model, *others], {"formats": formats, "text": text, "tokens": tokens}),
         **stages.sample_facts(sample, device, dtype),
     )
     return Report("measure", facts, verdict(tables, facts), tables, columns)
@@ -375,6 +377,7 @@ def run(
     device: str = "auto",
     force: bool = False,
     revision: str | None = None,
+    name: str | None = None,
     progress: Progress = silent,
     **overrides: Any,
 ) -> Report:
@@ -392,6 +395,8 @@ def run(
         As in `measure`.
     force
         Replace what an earlier run left in `out`.
+    name
+        What the report calls the model; as given in `model` by default.
 
     Returns
     -------
@@ -433,15 +438,22 @@ def run(
         columns |= described
     facts = provenance(
         time.monotonic() - started,
-        model=str(model),
+        model=name or str(model),
         family=binding.family,
         equivalent=done.equivalent,
         settings={"method": method, **done.settings, "scales": done.scales, "formats": list(formats)},
         notes=tables["damage"].attrs.get("notes", []),
+        command="vrscope demo"
+        if name == DEMO
+        else command_line(
+            "run",
+            [model],
+            {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, **overrides},
+        ),
         **stages.sample_facts(sample, device, "float32"),
     )
-    report = Report("run", facts, verdict(tables, facts), tables, columns)
     done.save(folder / PLAN_COPY)
+    report = Report("run", facts, verdict(tables, facts), tables, columns)
     save(report, folder)
     return report
 
@@ -450,7 +462,4 @@ def demo(out: Source = "vrscope-demo", *, force: bool = False, progress: Progres
     """Do the whole job on the small trained model that ships with vrscope."""
     from vrscope.demo import demo_model
 
-    report = run(demo_model(), out, force=force, progress=progress)
-    report = replace(report, provenance={**report.provenance, "model": "the demo model of vrscope"})
-    save(report, out)
-    return report
+    return run(demo_model(), out, force=force, progress=progress, name=DEMO)

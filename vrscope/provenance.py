@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +27,20 @@ def provenance(seconds: float, **facts: Any) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
     }
+
+
+def command_line(name: str, sources: Sequence[Any], options: Mapping[str, Any]) -> str:
+    """Return the command that does the same as a call: options that are None or False are left out."""
+    words = ["vrscope", name, *(str(source) for source in sources)]
+    for key, value in options.items():
+        flag = "-o" if key == "out" else f"--{key.replace('_', '-')}"
+        if value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag)
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+    return shlex.join(words)
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,8 @@ def measure_model(
     ------
     ModelError
         If a model cannot be built or run, or the checkpoints are not of one kind.
+    OutputError
+        If the disk has no room for the temporary file.
     """
     import pandas as pd
 
@@ -105,26 +108,16 @@ def measure_model(
     rows: list[dict[str, object]] = []
     notes: list[str] = []
     surprise: Floats | None = None
-
-    def add_row(loaded: LoadedModel, name: str, quantization: str, spool: Spool) -> None:
-        nonlocal surprise
-        stage = f"{name}, {'not quantized' if quantization == NOT_QUANTIZED else quantization}"
-        tokens = list(_compared(loaded, spool, sample, stage, progress))
-        if surprise is None:  # the first row is the reference itself
-            own = [item.surprise for item in tokens if isinstance(item, TokenPredictions)]
-            surprise = np.concatenate([np.empty(0), *own])
-        figures = damage_row(tokens, surprise)
-        sizes = {"tokens": sample.tokens, "windows": len(sample.windows)}
-        rows.append({"checkpoint": name, "format": quantization, **figures, **sizes})
-
     with Spool() as spool:
         for name, checkpoint in checkpoints.items():
             loaded = load_model(checkpoint, where, dtype)
-            add_row(loaded, name, NOT_QUANTIZED, spool)
-            for entry in formats:
-                with quantized(loaded.model, entry):
-                    add_row(loaded, name, entry.name, spool)
-                notes.append(kept_note(loaded.model, entry) or "")
+            for entry in (None, *formats):
+                stage = f"{name}, {entry.name if entry else 'not quantized'}"
+                with quantized(loaded.model, entry) if entry else nullcontext():
+                    tokens = list(_compared(loaded, spool, sample, stage, progress))
+                surprise = _surprise(tokens) if surprise is None else surprise  # the first row is the reference
+                rows.append(_row(name, entry, sample, damage_row(tokens, surprise)))
+                notes.append((entry and kept_note(loaded.model, entry)) or "")
             del loaded
             release()
     frame = pd.DataFrame(rows, columns=[column.name for column in DAMAGE_COLUMNS])
@@ -180,6 +173,17 @@ def compare_logits(
             progress(f"running {second.name}", _tokens_until(sample, index), sample.tokens, "tokens")
     mean_kl = float(np.concatenate(kl).mean()) if kl else math.nan
     return LogitComparison(equal, largest, mean_kl, sample.tokens, dtype)
+
+
+def _row(name: str, entry: Format | None, sample: TextSample, figures: Mapping[str, float]) -> dict[str, object]:
+    """Return one row of the table "damage"."""
+    sizes = {"tokens": sample.tokens, "windows": len(sample.windows)}
+    return {"checkpoint": name, "format": entry.name if entry else NOT_QUANTIZED, **figures, **sizes}
+
+
+def _surprise(tokens: Sequence[TokenPredictions | TokenStates]) -> Floats:
+    """Return the surprise at every token of all windows; empty for encoders."""
+    return np.concatenate([np.empty(0), *(item.surprise for item in tokens if isinstance(item, TokenPredictions))])
 
 
 def _compared(
