@@ -156,7 +156,7 @@ def test_the_method_options_are_all_there() -> None:
             {"per": "head", "revision": "v1"},
         ),
         ("plan m --method tvr --raw", "plan", {"method": "tvr", "raw": True}),
-        ("plan m --formats nf4", "describe", {"formats": ("nf4",)}),
+        ("plan m --formats nf4 --revision v1", "describe", {"formats": ("nf4",), "revision": "v1"}),
         ("rescale m o --method random --seed 7 --force", "rescale", {"method": "random", "seed": 7, "force": True}),
         ("rescale m o --plan p.json --invert", "rescale", {"plan": Path("p.json"), "invert": True}),
         ("verify a b --logits --tokens 64", "verify", {"logits": True, "tokens": 64}),
@@ -359,6 +359,16 @@ def test_the_commands_work_together_on_a_real_checkpoint(tmp_path: Path, capsys:
     assert code == 0 and "SQNR" in out
     code, out, _ = answer(capsys, "report", str(tmp_path / "m" / "results.json"), "-o", str(tmp_path / "again.html"))
     assert code == 0 and (tmp_path / "again.html").read_text().startswith("<!")
+
+
+def test_heads_channels_and_spectra_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(REPOSITORY / "vrscope" / "demo" / "model")
+    _, out, _ = answer(capsys, "analyze", model, "--per", "head", "--spectral")
+    assert "Heads: of " in out and "kv group" in out and "stable rank" in out
+    _, few, _ = answer(capsys, "analyze", model, "--per", "channel")
+    _, every, _ = answer(capsys, "analyze", model, "--all")
+    assert "Channels: of " in few
+    assert few.count(".down_proj.weight ") < every.count(".down_proj.weight ")
 
 
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

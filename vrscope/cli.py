@@ -110,10 +110,10 @@ def plan(model: str, out: Path | None, everything: bool, output: Output, **setti
     from vrscope import api
 
     chosen = given(settings)
-    formats = {"formats": chosen["formats"]} if "formats" in chosen else {}
+    same = {name: chosen[name] for name in ("formats", "revision") if name in chosen}
     with output.progress() as progress:
         scales = api.plan(model, progress=progress, **chosen)
-        report = api.describe(model, scales, **formats)
+        report = api.describe(model, scales, progress=progress, **same)
     if out:
         scales.save(out)
     output.finish(report, everything, wrote=[out] if out else [])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vrscope.tables import Report
 
-_WORST = 10  # rows of the short form of a long table
+_FEW = 10  # rows of the short form of a long table
 _OUTCOME = frozenset(("damage", "reach"))
 _MARKS = {"good": ("+", "green"), "note": ("-", ""), "bad": ("!", "bold red")}
 
@@ -59,6 +59,18 @@ _TENSORS = (
     Shown("stable_rank", "stable rank", ".4g"),
     Shown("nan_count", "NaN", ".0f"),
     Shown("inf_count", "Inf", ".0f"),
+)
+_PARTS = (
+    Shown("tensor", "tensor"),
+    Shown("axis", "axis"),
+    Shown("channel", "channel", ".0f"),
+    Shown("part", "part"),
+    Shown("unit", "unit"),
+    Shown("head", "number", ".0f"),
+    Shown("std", "std", ".4g"),
+    Shown("kurtosis_excess", "excess kurtosis", ".3g"),
+    Shown("absmax", "largest |w|", ".4g"),
+    Shown("frobenius_norm", "Frobenius norm", ".4g"),
 )
 _SPACES = (
     Shown("space", "space"),
@@ -151,8 +163,10 @@ def _show(title: str, frame: pd.DataFrame, columns: Sequence[Shown]) -> None:
 
 
 def _cell(record: dict[Any, Any], column: Shown) -> str:
+    from pandas import isna
+
     value = record[column.name]
-    if value is None or value != value:
+    if isna(value):
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -160,7 +174,7 @@ def _cell(record: dict[Any, Any], column: Shown) -> str:
         return str(value)
     text = format(value, column.style)
     error = record.get(column.error)
-    return text if error is None or error != error else f"{text} ± {error:.2g}"
+    return text if isna(error) else f"{text} ± {error:.2g}"
 
 
 def _damage(title: str, frame: pd.DataFrame, everything: bool) -> None:
@@ -192,20 +206,21 @@ def _weight_error(title: str, frame: pd.DataFrame, everything: bool) -> None:
     _show(title, _by_format(summary), columns)
 
 
-def _tensors(title: str, frame: pd.DataFrame, everything: bool) -> None:
-    for name in ("nan_count", "inf_count"):  # columns of zeros tell nothing
-        if name in frame.columns and not frame[name].fillna(0).any():
-            frame = frame.drop(columns=name)
-    if everything or len(frame) <= _WORST:
-        _show(title, frame, _TENSORS)
-        return
-    linear = frame[frame["kind"] == "linear"] if (frame["kind"] == "linear").any() else frame
-    worst = linear.sort_values("kurtosis_excess", ascending=False, na_position="last").head(_WORST)
-    _show(
-        f"{title}: of {len(linear)} linear weights the {_WORST} with the largest excess kurtosis (--all shows all)",
-        worst,
-        _TENSORS,
-    )
+def _worst(noun: str, columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, bool], None]:
+    """Return a view that shows the rows with the heaviest tails; of whole tensors only the linear weights."""
+
+    def view(title: str, frame: pd.DataFrame, everything: bool) -> None:
+        for name in ("nan_count", "inf_count"):  # columns of zeros tell nothing
+            if name in frame.columns and not frame[name].fillna(0).any():
+                frame = frame.drop(columns=name)
+        if not everything and "kind" in frame.columns and (frame["kind"] == "linear").any():
+            frame = frame[frame["kind"] == "linear"]
+        if not everything and len(frame) > _FEW:
+            title = f"{title}: of {len(frame)} {noun} the {_FEW} with the largest excess kurtosis (--all shows all)"
+            frame = frame.sort_values("kurtosis_excess", ascending=False, na_position="last").head(_FEW)
+        _show(title, frame, columns)
+
+    return view
 
 
 def _spaces(title: str, frame: pd.DataFrame, everything: bool) -> None:
@@ -247,7 +262,7 @@ def _unreachable(title: str, frame: pd.DataFrame, everything: bool) -> None:
 
 def _only(values: pd.Series) -> str:
     """Return the one text all rows share, or nothing."""
-    distinct = {str(value) for value in values if value is not None and value == value}
+    distinct = {str(value) for value in values.dropna()}
     return distinct.pop() if len(distinct) == 1 else ""
 
 
@@ -270,5 +285,7 @@ _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] =
     ("unreachable", "Cannot be scaled", _unreachable),
     ("reach", "What this plan can change", _whole(_REACH)),
     ("depth_law", "Standard deviation by layer (LIR is p = 0.5, flat is p = 0)", _whole(_DEPTH_LAW)),
-    ("tensors", "Tensors", _tensors),
+    ("tensors", "Tensors", _worst("linear weights", _TENSORS)),
+    ("heads", "Heads", _worst("heads", _PARTS)),
+    ("channels", "Channels", _worst("channels", _PARTS)),
 )

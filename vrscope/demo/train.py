@@ -34,8 +34,9 @@ class Recipe:
 
     Attributes
     ----------
-    vocabulary, hidden, layers, heads, kv_groups, intermediate
-        The shape of the model. `hidden` and `intermediate` are multiples of 128, so that a group of 128 fits a row.
+    vocabulary, hidden, layers, heads, kv_groups, head_dim, intermediate
+        The shape of the model. Every input width is a multiple of 128, so that a group of 128 weights fits a row; four
+        query heads share a KV group, as in many models of today.
     steps, batch
         Optimizer steps, and windows of 512 tokens per step.
     learning_rate, weight_decay, warmup
@@ -47,8 +48,9 @@ class Recipe:
     vocabulary: int = 1024
     hidden: int = 128
     layers: int = 6
-    heads: int = 4
+    heads: int = 8
     kv_groups: int = 2
+    head_dim: int = 32
     intermediate: int = 256
     steps: int = 2000
     batch: int = 2
@@ -132,7 +134,7 @@ def build_model(recipe: Recipe) -> Any:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_groups,
-        head_dim=recipe.hidden // recipe.heads,
+        head_dim=recipe.head_dim,
         max_position_embeddings=WINDOW,
         rms_norm_eps=1e-5,
         initializer_range=recipe.hidden**-0.5 / 2,
@@ -246,24 +248,23 @@ def card(folder: Path, recipe: Recipe, outcome: Outcome) -> str:
     weights = (folder / "model.safetensors").read_bytes()
     return f"""# The demo model of vrscope
 
-A small language model of the Llama type ({outcome.parameters:,} parameters, {len(weights) / 1e6:.2f} MB in bfloat16)
-for trying vrscope without a download. It has learnt the style of Python's documentation and nothing else; it is meant
-for measuring, not for use.
+A small language model of the Llama type, for trying vrscope without a download. It has learnt the style of Python's
+documentation and nothing else; it is there to be measured, not to be asked.
 
-- Shape: {recipe.layers} layers, hidden size {recipe.hidden}, {recipe.heads} query heads of
-  {recipe.hidden // recipe.heads} in {recipe.kv_groups} groups (GQA), rotary positions, gated MLP of
-  {recipe.intermediate}, RMS norms, tied embedding, {WINDOW} positions.
+- Size: {outcome.parameters:,} parameters, {len(weights) / 1e6:.2f} MB in bfloat16.
+- Shape: {recipe.layers} layers, hidden size {recipe.hidden}, {recipe.heads} query heads of size {recipe.head_dim} in
+  {recipe.kv_groups} KV groups, rotary positions, gated MLP of width {recipe.intermediate}, RMS norms, tied embedding,
+  {WINDOW} positions.
 - Tokenizer: byte-level BPE with {recipe.vocabulary:,} tokens, learnt from the training text.
-- Text: `pydoc_data.topics` and the docstrings of the standard library of CPython {platform.python_version()},
-  {outcome.train_tokens:,} tokens; another {outcome.heldout_tokens:,} tokens, of documents and paragraphs not trained
-  on, are held out. None of the text is stored here.
-- Training: `python -m vrscope.demo.train OUT` with torch {torch.__version__} on one thread:
-  {recipe.steps:,} steps of {recipe.batch} x {WINDOW} tokens with AdamW (peak rate {recipe.learning_rate:g},
-  weight decay {recipe.weight_decay:g}, warmup {recipe.warmup} steps, cosine to a tenth, seed {recipe.seed}), in
-  float32, rounded to bfloat16 at the end; {outcome.seconds / 60:.0f} minutes of one
-  core. The same Python, torch and processor give the same bits.
+- Text: `pydoc_data.topics` and the docstrings of the standard library of CPython {platform.python_version()};
+  {outcome.train_tokens:,} tokens to train on, {outcome.heldout_tokens:,} held out, and no paragraph in both. None of
+  the text is stored here.
+- Training: `python -m vrscope.demo.train OUT` with torch {torch.__version__} on one thread. {recipe.steps:,} steps of
+  {recipe.batch} x {WINDOW} tokens, AdamW (peak rate {recipe.learning_rate:g}, {recipe.warmup} steps of warmup,
+  cosine to a tenth, weight decay {recipe.weight_decay:g}, seed {recipe.seed}), float32, rounded to bfloat16 at the end.
+- Time: {outcome.seconds / 60:.0f} minutes of one core. The same Python, torch and kind of processor give the same bits.
 - Training loss: {outcome.loss_first:.2f} nats per token in the first 20 steps, {outcome.loss_last:.2f} in the last 20.
-- Perplexity per held-out token, weights as stored: **{outcome.perplexity:.1f}**; token frequencies alone:
+- Perplexity per held-out token, weights as stored: **{outcome.perplexity:.1f}**. Token frequencies alone reach
   {outcome.perplexity_unigram:.1f}.
 - SHA-256 of `model.safetensors`: `{hashlib.sha256(weights).hexdigest()}`
 - Licence of the weights, the tokenizer and this card: Apache-2.0.
