@@ -32,6 +32,8 @@ Tables = dict[str, "pd.DataFrame"]
 Columns = dict[str, tuple[Column, ...]]
 Filled = tuple[Tables, Columns]
 
+DEFAULT_FORMATS = ("int8", "int8-row", "nf4", "fp4", "int4-g64")
+DEFAULT_TOKENS = 2048
 ORIGINAL, RESCALED = "original", "rescaled"
 PROOF_TOKENS = 512  # how much text two models are run on, to show that their logits agree
 WORST = 6  # tensors whose histograms are shown

@@ -31,7 +31,13 @@ def _function(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any])
     equivalent = provenance.get("equivalent")
     if equivalent is None:
         return []
-    proof = tables.get("proof")
+    proof, spaces = tables.get("proof"), tables.get("spaces")
+    findings = []
+    if spaces is not None and len(spaces) and not spaces["changed"].any() and equivalent != "not equivalent":
+        text = "The plan changes no scale: nothing it looks at is far enough from its goal for a factor of two to help."
+        findings.append(_say(NOTE, text))
+    if proof is None and equivalent == "bit-equal":
+        return [_say(GOOD, "Applied, this plan leaves the model the same function, bit for bit."), *findings]
     details = "; ".join(proof["detail"]) if proof is not None and len(proof) else ""
     if equivalent == "not equivalent":
         return [_say(BAD, f"NOT EQUIVALENT: the rescaled checkpoint is another function than the original. {details}")]
@@ -39,7 +45,7 @@ def _function(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any])
         text = "The rescaled checkpoint is the same function, bit for bit"
     else:
         text = "The rescaled checkpoint is the same function up to one rounding per weight (free scales)"
-    return [_say(GOOD, f"{text}: {details}." if details else f"{text}.")]
+    return [_say(GOOD, f"{text}: {details}." if details else f"{text}."), *findings]
 
 
 def _damage(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:

@@ -24,8 +24,8 @@ def weight_error(report: Report) -> Section | None:
     names = checkpoint_names(report, texts(frame, "checkpoint"))
     lead = (
         "Signal to quantization noise of each linear weight by itself, in decibels: higher is better, and 6 dB are one "
-        "bit. It says how well the weight is rounded, not how much the model suffers. Scaling rows against each other also "
-        "changes how much each row counts in it, so a figure can move although no weight is rounded differently."
+        "bit. It says how well the weight is rounded, not how much the model suffers. Scaling rows against each other "
+        "also changes how much each row counts in it, so a figure can move although no weight is rounded differently."
     )
     arrow = " → ".join(names.values())
     blocks = (_by_role(frame, names, arrow), _worst(frame, names, arrow))

@@ -1,0 +1,120 @@
+"""The main job: analyze, plan, rescale, prove, and measure before and after, in one folder of results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vrscope import stages
+from vrscope.checkpoint.source import open_checkpoint
+from vrscope.executors import default_executor
+from vrscope.progress import Progress, silent
+from vrscope.provenance import command_line, provenance
+from vrscope.saving import save
+from vrscope.stages import DEFAULT_FORMATS, DEFAULT_TOKENS, ORIGINAL, PROOF_TOKENS, RESCALED
+from vrscope.tables import Report
+from vrscope.verdict import verdict
+
+PLAN_COPY, RESCALED_FOLDER = "plan.json", "rescaled"
+DEMO = "the demo model of vrscope"
+
+
+def run(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = "wisca",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    force: bool = False,
+    revision: str | None = None,
+    name: str | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> Report:
+    """Do the whole job: analyze, plan, rescale, prove, and measure the damage before and after.
+
+    Parameters
+    ----------
+    model
+        Folder, safetensors file, index.json or hub id.
+    out
+        Folder for `report.html`, `results.json`, CSV tables, `plan.json`, and the rescaled checkpoint in `rescaled/`.
+    method, overrides
+        As in `plan`.
+    formats, text, tokens, device
+        As in `measure`.
+    force
+        Replace what an earlier run left in `out`.
+    name
+        What the report calls the model; as given in `model` by default.
+
+    Returns
+    -------
+    Report
+        Everything that the page shows.
+    """
+    from vrscope.arch.binding import bind
+    from vrscope.rescale.apply import apply_plan
+    from vrscope.rescale.planning import make_plan
+    from vrscope.rescale.profile import profile_weights
+    from vrscope.stats.measure import StatOptions
+
+    started = time.monotonic()
+    entries, options, folder = stages.read_formats(formats), stages.read_options(overrides), Path(out)
+    checkpoint = open_checkpoint(model, revision)
+    stages.require_new(folder, force)
+    binding = bind(checkpoint)
+    sample = stages.read_sample(
+        checkpoint, text, tokens
+    )  # everything that can be refused is refused before the long work
+
+    tables, columns = stages.fill_statistics(
+        checkpoint, binding.roles, StatOptions(target_std=options.target_std), progress
+    )
+    chosen, before = make_plan(checkpoint, binding, method, options, default_executor(), progress)
+    done = apply_plan(checkpoint, binding, chosen, folder / RESCALED_FOLDER, force=force, progress=progress)
+    rescaled = open_checkpoint(folder / RESCALED_FOLDER)
+    after = profile_weights(rescaled, binding, default_executor(), progress)
+    rows = [stages.weight_proof(checkpoint, done)]
+    short = stages.read_sample(checkpoint, text, min(tokens, PROOF_TOKENS))
+    rows.append(stages.compare_outputs((checkpoint, rescaled), done, short, (device, "float32"), progress))
+    parts = [
+        stages.fill_plan(checkpoint, binding, done, (before, after), entries),
+        stages.fill_proof(rows),
+        stages.fill_damage({ORIGINAL: checkpoint, RESCALED: rescaled}, entries, sample, (device, "float32"), progress),
+    ]
+    for more, described in parts:
+        tables |= more
+        columns |= described
+    facts = provenance(
+        time.monotonic() - started,
+        model=name or str(model),
+        family=binding.family,
+        equivalent=done.equivalent,
+        settings={"method": method, **done.settings, "scales": done.scales, "formats": list(formats)},
+        notes=tables["damage"].attrs.get("notes", []),
+        command="vrscope demo"
+        if name == DEMO
+        else command_line(
+            "run",
+            [model],
+            {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, **overrides},
+        ),
+        **stages.sample_facts(sample, device, "float32"),
+    )
+    done.save(folder / PLAN_COPY)
+    report = Report("run", facts, verdict(tables, facts), tables, columns)
+    save(report, folder)
+    return report
+
+
+def demo(out: str | Path = "vrscope-demo", *, force: bool = False, progress: Progress = silent) -> Report:
+    """Do the whole job on the small trained model that ships with vrscope."""
+    from vrscope.demo import demo_model
+
+    return run(demo_model(), out, force=force, progress=progress, name=DEMO)
