@@ -1,0 +1,79 @@
+"""What each rescale does to the damage of each format, and whether the logits stay equal in every bit.
+
+    python benchmarks/rescales.py MODEL [--text FILE] [--tokens 2048] [--formats nf4,int8-row,int4-g64] [-o table.md]
+
+Every rescale is written to a temporary folder, run in float32 and bfloat16 against the original, and measured on the
+same tokens in one run. Prints a Markdown table: mean KL in nats with its standard error, ratio to the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import vrscope
+
+RESCALES = {
+    "wisca, tensor": ("wisca", {"granularity": "tensor"}),
+    "wisca, head": ("wisca", {"granularity": "head"}),
+    "wisca, channel": ("wisca", {"granularity": "channel"}),
+    "wisca, channel, l1": ("wisca", {"granularity": "channel", "norm": "l1"}),
+    "wisca, channel, free scales": ("wisca", {"granularity": "channel", "scales": "free"}),
+    "tvr, preserving": ("tvr", {}),
+    "random": ("random", {}),
+    "tvr, raw (not equivalent)": ("tvr", {"raw": True}),
+}
+
+
+def main() -> int:
+    """Measure every rescale of one model and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--formats", default="nf4,int8-row,int4-g64")
+    parser.add_argument("--only", help="names of rescales, separated by semicolons")
+    parser.add_argument("-o", "--out", type=Path)
+    given = parser.parse_args()
+    formats = given.formats.split(",")
+    wanted = given.only.split(";") if given.only else list(RESCALES)
+    lines = [
+        f"| rescale | scales changed | logits float32 / bfloat16 | unquantized KL | {' | '.join(formats)} |",
+        "|" + "---|" * (4 + len(formats)),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        outs = {}
+        for name in wanted:
+            method, options = RESCALES[name]
+            outs[name] = Path(folder) / str(len(outs))
+            plan = vrscope.rescale(given.model, outs[name], method=method, **options)
+            if plan.equivalent == "not equivalent":
+                changed, logits = len(plan.affine), "not equivalent"
+            else:
+                proof = vrscope.verify(given.model, outs[name], logits=True, text=given.text).tables["proof"]
+                changed, logits = plan.changed, " / ".join(proof["result"][1:])
+            damage = vrscope.measure(given.model, outs[name], formats=formats, text=given.text, tokens=given.tokens)
+            rows = damage.tables["damage"].set_index(["checkpoint", "format"])
+            cells = [_cell(rows, "rescaled", "none")]
+            for entry in formats:
+                ratio = rows.loc[("rescaled", entry), "kl"] / rows.loc[("original", entry), "kl"]
+                cells.append(f"{_cell(rows, 'rescaled', entry)} ({ratio:.6f} of the original)")
+            lines.append(f"| {name} | {changed:,} | {logits} | {' | '.join(cells)} |")
+            print(lines[-1], file=sys.stderr)
+    text = "\n".join(lines) + "\n"
+    if given.out:
+        given.out.write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+def _cell(rows: Any, checkpoint: str, name: str) -> str:
+    row = rows.loc[(checkpoint, name)]
+    return f"{row['kl']:.5f} ± {row['kl_sem']:.5f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
