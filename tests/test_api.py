@@ -289,3 +289,10 @@ def test_minilm_is_bit_equal_under_random_scales(minilm, tmp_path):
     assert vrscope.rescale(minilm, tmp_path / "out", method="random").changed > 1000
     proof = vrscope.verify(minilm, tmp_path / "out", logits=True, tokens=64).tables["proof"]
     assert list(proof["result"]) == ["bit-equal"] * 3
+
+
+def test_an_output_inside_the_model_is_refused_first(tmp_path):
+    folder = save_tiny("llama", tmp_path / "m")
+    with pytest.raises(OutputError):
+        vrscope.run(folder, folder / "out")
+    assert not (folder / "out").exists()

@@ -74,7 +74,8 @@ def test_the_model_is_a_llama_with_grouped_queries_rotary_positions_and_gated_ml
     assert config["rope_parameters"]["rope_type"] == "default"
     names = dict(model.named_parameters())
     assert names["model.layers.0.mlp.gate_proj.weight"].shape == names["model.layers.0.mlp.up_proj.weight"].shape
-    assert config["hidden_size"] % 128 == 0 and config["intermediate_size"] % 128 == 0  # groups of 128 fit the rows
+    inputs = (config["hidden_size"], config["intermediate_size"], config["num_attention_heads"] * config["head_dim"])
+    assert all(width % 128 == 0 for width in inputs)  # groups of 128 fit the rows
 
 
 def test_no_file_names_a_machine():

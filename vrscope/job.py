@@ -18,7 +18,6 @@ from vrscope.tables import Report
 from vrscope.verdict import verdict
 
 PLAN_COPY, RESCALED_FOLDER = "plan.json", "rescaled"
-DEMO = "the demo model of vrscope"
 
 
 def run(
@@ -51,7 +50,7 @@ def run(
     force
         Replace what an earlier run left in `out`.
     name
-        What the report calls the model; as given in `model` by default.
+        Name of the command that chose the model for the user; the report then names it instead of a path.
 
     Returns
     -------
@@ -59,6 +58,7 @@ def run(
         Everything that the page shows.
     """
     from vrscope.arch.binding import bind
+    from vrscope.checkpoint.writer import check_target
     from vrscope.rescale.apply import apply_plan
     from vrscope.rescale.planning import make_plan
     from vrscope.rescale.profile import profile_weights
@@ -69,9 +69,9 @@ def run(
     checkpoint = open_checkpoint(model, revision)
     stages.require_new(folder, force)
     binding = bind(checkpoint)
-    sample = stages.read_sample(
-        checkpoint, text, tokens
-    )  # everything that can be refused is refused before the long work
+    # Everything that can be refused is refused before the long work.
+    check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
+    sample = stages.read_sample(checkpoint, text, tokens)
 
     tables, columns = stages.fill_statistics(
         checkpoint, binding.roles, StatOptions(target_std=options.target_std), progress
@@ -91,20 +91,15 @@ def run(
     for more, described in parts:
         tables |= more
         columns |= described
+    arguments = {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, **overrides}
     facts = provenance(
         time.monotonic() - started,
-        model=name or str(model),
+        model=str(model) if name is None else f"vrscope {name}",
         family=binding.family,
         equivalent=done.equivalent,
         settings={"method": method, **done.settings, "scales": done.scales, "formats": list(formats)},
         notes=tables["damage"].attrs.get("notes", []),
-        command="vrscope demo"
-        if name == DEMO
-        else command_line(
-            "run",
-            [model],
-            {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, **overrides},
-        ),
+        command=command_line("run", [model], arguments) if name is None else f"vrscope {name}",
         **stages.sample_facts(sample, device, "float32"),
     )
     done.save(folder / PLAN_COPY)
@@ -117,4 +112,4 @@ def demo(out: str | Path = "vrscope-demo", *, force: bool = False, progress: Pro
     """Do the whole job on the small trained model that ships with vrscope."""
     from vrscope.demo import demo_model
 
-    return run(demo_model(), out, force=force, progress=progress, name=DEMO)
+    return run(demo_model(), out, force=force, progress=progress, name="demo")

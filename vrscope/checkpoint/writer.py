@@ -76,13 +76,7 @@ def rewrite(
     VerificationError
         If `transform` returns another dtype or shape.
     """
-    target = Path(os.path.realpath(out))
-    with _source_errors(source.folder):
-        files = companion_files(source, without={*extra, "vrscope_plan.json"})
-        total = sum((source.folder / name).stat().st_size for name in (*source.shards, *files))
-    _check_apart(source, target, files, out)
-    check_replaceable(target, force=force)
-    _check_space(target, total + sum(len(text.encode()) for text in extra.values()))
+    target, files, total = _checked(source, out, extra, force=force)
     with staged(target, force=force) as folder:
         writer = _Writer(source, folder, target, progress, total)
         for shard in source.shards:
@@ -166,6 +160,31 @@ class _Writer:
             with contextlib.suppress(PermissionError):  # some file systems have no permissions
                 os.fchmod(file.fileno(), stat.S_IMODE(original.stat().st_mode) | stat.S_IWUSR)
             os.fsync(file.fileno())
+
+
+def check_target(source: Checkpoint, out: Path, *, force: bool) -> None:
+    """Refuse a folder that `rewrite` would refuse, before any work is done for it.
+
+    Raises
+    ------
+    OutputError
+        If `out` may not or cannot be written.
+    """
+    _checked(source, out, {}, force=force)
+
+
+def _checked(
+    source: Checkpoint, out: Path, extra: Mapping[str, str], *, force: bool
+) -> tuple[Path, tuple[str, ...], int]:
+    """Return the folder to write, the files to copy beside the weights, and the bytes of it all."""
+    target = Path(os.path.realpath(out))
+    with _source_errors(source.folder):
+        files = companion_files(source, without={*extra, "vrscope_plan.json"})
+        total = sum((source.folder / name).stat().st_size for name in (*source.shards, *files))
+    _check_apart(source, target, files, out)
+    check_replaceable(target, force=force)
+    _check_space(target, total + sum(len(text.encode()) for text in extra.values()))
+    return target, files, total
 
 
 def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:

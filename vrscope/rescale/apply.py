@@ -13,6 +13,7 @@ from vrscope.progress import Progress
 from vrscope.rescale.plan import PLAN_FILE, RescalePlan
 from vrscope.rescale.scaling import check_plan, require_finite, scale_block, tensor_scales
 from vrscope.rescale.verify import prove
+from vrscope.tables import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def apply_plan(
         nonlocal done
         prove(checkpoint, copy, binding, done, progress)
         done = replace(done, result=copy.fingerprint())
-        (copy.folder / PLAN_FILE).write_text(done.to_json(), encoding="utf-8")
+        write_text(copy.folder / PLAN_FILE, done.to_json())
 
     rewrite(
         checkpoint,
