@@ -53,7 +53,9 @@ def main() -> int:
             if plan.equivalent == "not equivalent":
                 changed, logits = len(plan.affine), "not equivalent"
             else:
-                proof = vrscope.verify(given.model, outs[name], logits=True, text=given.text).tables["proof"]
+                proof = vrscope.verify(given.model, outs[name], logits=True, text=given.text, tokens=128).tables[
+                    "proof"
+                ]
                 changed, logits = plan.changed, " / ".join(proof["result"][1:])
             damage = vrscope.measure(given.model, outs[name], formats=formats, text=given.text, tokens=given.tokens)
             rows = damage.tables["damage"].set_index(["checkpoint", "format"])
