@@ -37,7 +37,7 @@ _DAMAGE = (
     Shown("kl", "KL (nats)", "#.4g", "kl_sem"),
     Shown("top1", "top-1 agreement", ".4f", "top1_sem"),
     Shown("perplexity", "perplexity", "#.4g", "perplexity_sem"),
-    Shown("perplexity_ratio", "ratio", ".4f", "perplexity_ratio_sem"),
+    Shown("perplexity_ratio", "ratio", ".5g", "perplexity_ratio_sem"),
     Shown("relative_error", "relative error", ".4f", "relative_error_sem"),
     Shown("cosine", "cosine", ".5f", "cosine_sem"),
 )
