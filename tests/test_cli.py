@@ -91,7 +91,7 @@ def test_each_help_has_an_example_that_parses(name: str, capsys: pytest.CaptureF
 def test_the_help_lists_every_command_with_a_whole_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = answer(capsys, "--help")
     assert code == 0
-    listed = re.findall(r"^  (\w+) +(\S.*)$", out.partition("Commands:")[2].partition("Start here")[0], re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+) +(\S.*)$", out.partition("Commands:")[2].partition("Start here")[0], re.MULTILINE)
     assert [name for name, _ in listed] == list(COMMANDS)
     assert all(text.endswith(".") and not text.endswith("...") for _, text in listed)
 

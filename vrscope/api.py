@@ -15,7 +15,7 @@ from vrscope import stages
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import PlanError, VerificationError
 from vrscope.executors import default_executor
-from vrscope.job import demo, run
+from vrscope.job import demo, measure, run
 from vrscope.progress import Progress, silent
 from vrscope.provenance import command_line, provenance
 from vrscope.saving import load_report, merge_reports, save
@@ -31,6 +31,7 @@ __all__ = [
     "DEFAULT_FORMATS",
     "DEFAULT_TOKENS",
     "analyze",
+    "check_family",
     "demo",
     "describe",
     "load_report",
@@ -53,6 +54,7 @@ def analyze(
     spectral: bool = False,
     target_std: float = 0.01,
     revision: str | None = None,
+    families: Source | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Describe the weights of a checkpoint: variance, kurtosis, outliers, per tensor and against depth.
@@ -69,6 +71,8 @@ def analyze(
         What `tvr_ratio` compares with.
     revision
         Branch, tag or commit of a hub id.
+    families
+        A TOML file of architectures to declare besides the shipped ones.
     progress
         Is told of bytes read.
 
@@ -86,7 +90,7 @@ def analyze(
 
     started = time.monotonic()
     checkpoint = open_checkpoint(model, revision)
-    roles, family = stages.read_roles(checkpoint)
+    roles, family = stages.read_roles(checkpoint, families)
     options = StatOptions(target_std=target_std, spectrum=spectral)
     tables, columns = stages.fill_statistics(checkpoint, roles, options, progress)
     if per is not None:
@@ -110,6 +114,7 @@ def plan(
     options: MethodOptions | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     revision: str | None = None,
+    families: Source | None = None,
     progress: Progress = silent,
     **overrides: Any,
 ) -> RescalePlan:
@@ -125,7 +130,7 @@ def plan(
         Options of the method; `overrides` set single ones, for example `granularity="tensor"`, `scales="free"`.
     formats
         Accepted so that the call reads like the command; choosing does not depend on them, `describe` does.
-    revision, progress
+    revision, families, progress
         As in `analyze`.
 
     Raises
@@ -137,13 +142,14 @@ def plan(
     UnknownNameError
         If there is no such method, format or option value.
     """
-    from vrscope.arch.binding import bind
     from vrscope.rescale.planning import make_plan
 
     stages.read_formats(formats)
     checkpoint = open_checkpoint(model, revision)
     chosen = stages.read_options(overrides, options)
-    return make_plan(checkpoint, bind(checkpoint), method, chosen, default_executor(), progress)[0]
+    return make_plan(
+        checkpoint, stages.bind_checkpoint(checkpoint, families), method, chosen, default_executor(), progress
+    )[0]
 
 
 def describe(
@@ -152,6 +158,7 @@ def describe(
     formats: Sequence[str] = DEFAULT_FORMATS,
     *,
     revision: str | None = None,
+    families: Source | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Say what a plan does to a checkpoint without writing it: spaces, matrices, limits, and which formats can feel it.
@@ -166,13 +173,12 @@ def describe(
     PlanError
         If the plan is not for this checkpoint.
     """
-    from vrscope.arch.binding import bind
     from vrscope.rescale.profile import profile_weights
     from vrscope.rescale.scaling import check_plan, tensor_scales
 
     started = time.monotonic()
     checkpoint = open_checkpoint(model, revision)
-    binding = bind(checkpoint)
+    binding = stages.bind_checkpoint(checkpoint, families)
     check_plan(plan, binding, checkpoint.fingerprint(), checkpoint.name)
     executor = default_executor()
     before = profile_weights(checkpoint, binding, executor, progress)
@@ -197,6 +203,7 @@ def rescale(
     invert: bool = False,
     force: bool = False,
     revision: str | None = None,
+    families: Source | None = None,
     progress: Progress = silent,
     **overrides: Any,
 ) -> RescalePlan:
@@ -214,7 +221,7 @@ def rescale(
         Undo the plan: on the checkpoint it made, this restores the tensors of the original byte for byte.
     force
         Replace an existing checkpoint at `out`.
-    revision, progress
+    revision, families, progress
         As in `analyze`.
 
     Returns
@@ -231,12 +238,11 @@ def rescale(
     VerificationError
         If the proof of the copy fails; then nothing is left behind.
     """
-    from vrscope.arch.binding import bind
     from vrscope.rescale.apply import apply_plan
     from vrscope.rescale.planning import make_plan
 
     checkpoint = open_checkpoint(model, revision)
-    binding = bind(checkpoint)
+    binding = stages.bind_checkpoint(checkpoint, families)
     if plan is None:
         if invert:
             message = "invert: expected the plan to undo, found none. Give --plan OUT/vrscope_plan.json."
@@ -259,6 +265,7 @@ def verify(
     text: Source | None = None,
     tokens: int = PROOF_TOKENS,
     device: str = "auto",
+    families: Source | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Prove that checkpoint `b` computes the same function as `a`, from the weights alone.
@@ -274,6 +281,8 @@ def verify(
         Also run both models in float32 and in bfloat16, and compare their logits bit for bit.
     text, tokens, device
         What they are run on, and where.
+    families, progress
+        As in `analyze`.
 
     Returns
     -------
@@ -285,15 +294,14 @@ def verify(
     VerificationError
         If they are not the same function, or no plan says how they should differ.
     """
-    from vrscope.arch.binding import bind
     from vrscope.rescale.plan import NOT_EQUIVALENT
     from vrscope.rescale.scaling import check_plan
     from vrscope.rescale.verify import prove
 
     started = time.monotonic()
     first, second = open_checkpoint(a), open_checkpoint(b)
-    recorded = stages.recorded_plan(first, second, plan)
-    binding = bind(first)
+    recorded = stages.recorded_plan(first, second, plan, families)
+    binding = stages.bind_checkpoint(first, families)
     check_plan(recorded, binding, first.fingerprint(), first.name)
     prove(first, second, binding, recorded, progress)
     if recorded.equivalent == NOT_EQUIVALENT:
@@ -315,56 +323,43 @@ def verify(
     return Report("verify", facts, verdict(tables, facts), tables, columns)
 
 
-def measure(
+def check_family(
     model: Source,
-    *others: Source,
-    formats: Sequence[str] = DEFAULT_FORMATS,
-    text: Source | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    *,
+    families: Source | None = None,
     device: str = "auto",
-    dtype: str = "float32",
-    weights_only: bool = False,
+    revision: str | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Measure what quantization costs, for one or several checkpoints on the same tokens.
+    """Test a declared architecture on a checkpoint: random powers of two on every space must leave all outputs equal.
 
     Parameters
     ----------
     model
-        The reference: every row is compared with this checkpoint, unquantized.
-    others
-        More checkpoints of the same architecture, such as a rescaled one.
-    formats
-        Names of formats.
-    text
-        A UTF-8 text file; None takes the sample that ships with vrscope.
-    tokens
-        Tokens to measure on, in windows of 512.
-    device, dtype
-        "auto", "cpu" or "cuda"; "float32" or "bfloat16".
-    weights_only
-        Measure only the error of the weights; no model is run and no tokenizer needed.
+        A checkpoint of that architecture; a tiny random one serves as well as a real one.
+    families
+        The TOML file with the declaration, if it is not a shipped one.
+    device, revision, progress
+        As in `verify` and `analyze`.
 
     Returns
     -------
     Report
-        Tables "damage" (unless `weights_only`) and "weight_error".
+        Table "proof": check, result, detail.
+
+    Raises
+    ------
+    FamilyError
+        If no declaration fits the checkpoint.
+    VerificationError
+        If the outputs differ; the message names the spaces whose scales change them.
     """
+    from vrscope import family_check
+
     started = time.monotonic()
-    entries = stages.read_formats(formats)
-    opened = [open_checkpoint(source) for source in (model, *others)]
-    checkpoints = dict(zip(stages.label_checkpoints(opened), opened, strict=True))
-    sample = None if weights_only else stages.read_sample(opened[0], text, tokens)
-    tables, columns = stages.fill_damage(checkpoints, entries, sample, (device, dtype), progress)
-    _, family = stages.read_roles(opened[0])
-    facts = provenance(
-        time.monotonic() - started,
-        model=str(model),
-        family=family,
-        checkpoints={label: checkpoint.name for label, checkpoint in checkpoints.items()},
-        settings={"formats": list(formats), "weights_only": weights_only},
-        notes=tables["damage"].attrs.get("notes", []) if "damage" in tables else [],
-        command=command_line("measure", [model, *others], {"formats": formats, "text": text, "tokens": tokens}),
-        **stages.sample_facts(sample, device, dtype),
-    )
-    return Report("measure", facts, verdict(tables, facts), tables, columns)
+    checkpoint = open_checkpoint(model, revision)
+    binding = stages.bind_checkpoint(checkpoint, families)
+    rows = family_check.check_family(checkpoint, binding, device=device, progress=progress)
+    tables, columns = stages.fill_proof(rows)
+    facts = provenance(time.monotonic() - started, model=str(model), family=binding.family, settings={})
+    return Report("check-family", facts, (), tables, columns)

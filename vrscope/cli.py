@@ -66,6 +66,7 @@ def demo(out: Path, force: bool, output: Output) -> None:
 @options.formats
 @options.text_options
 @options.revision
+@options.families
 @options.force
 @options.everything
 @options.output("damage", "weight_error", "tensors", "depth_law", "spaces", "matrices", "reach")
@@ -85,6 +86,7 @@ def run(model: str, out: Path, everything: bool, output: Output, **settings: Any
 @click.option("--spectral", is_flag=True, help="Add the top singular value and the stable rank; takes longer.")
 @click.option("--target-std", type=options.POSITIVE, help="What `tvr_ratio` compares with. Default: 0.01.")
 @options.revision
+@options.families
 @options.everything
 @options.output("tensors", "depth_law", "channels", "heads")
 def analyze(model: str, out: Path | None, everything: bool, output: Output, **settings: Any) -> None:
@@ -103,6 +105,7 @@ def analyze(model: str, out: Path | None, everything: bool, output: Output, **se
 @options.method_options
 @options.formats
 @options.revision
+@options.families
 @options.everything
 @options.output()
 def plan(model: str, out: Path | None, everything: bool, output: Output, **settings: Any) -> None:
@@ -110,7 +113,7 @@ def plan(model: str, out: Path | None, everything: bool, output: Output, **setti
     from vrscope import api
 
     chosen = given(settings)
-    same = {name: chosen[name] for name in ("formats", "revision") if name in chosen}
+    same = {name: chosen[name] for name in ("formats", "revision", "families") if name in chosen}
     with output.progress() as progress:
         scales = api.plan(model, progress=progress, **chosen)
         report = api.describe(model, scales, progress=progress, **same)
@@ -128,6 +131,7 @@ def plan(model: str, out: Path | None, everything: bool, output: Output, **setti
 @click.option("--invert", is_flag=True, help="Undo the plan: restores the tensors of the original byte for byte.")
 @options.method_options
 @options.revision
+@options.families
 @options.force
 @options.output()
 def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings: Any) -> None:
@@ -135,7 +139,7 @@ def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings
     from vrscope import api
 
     chosen = given(settings)
-    extra = sorted(chosen.keys() - {"force", "invert", "revision"})
+    extra = sorted(chosen.keys() - {"force", "invert", "revision", "families"})
     if plan and extra:
         message = f"a plan holds its own settings; leave out --{extra[0].replace('_', '-')}."
         raise click.BadParameter(message, param_hint="--plan")
@@ -150,6 +154,7 @@ def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings
 @click.option("--plan", type=_PATH, metavar="FILE", help="The plan, if OTHER does not carry it.")
 @click.option("--logits", is_flag=True, help="Also run both models on text and compare their outputs bit for bit.")
 @options.text_options
+@options.families
 @options.output()
 def verify(a: str, b: str, output: Output, **settings: Any) -> None:
     """Prove from the weights that two checkpoints are one function.
@@ -160,6 +165,25 @@ def verify(a: str, b: str, output: Output, **settings: Any) -> None:
 
     with output.progress() as progress:
         report = api.verify(a, b, progress=progress, **given(settings))
+    output.finish(report)
+
+
+@commands.command("check-family", epilog=example("vrscope check-family tiny-model --families my.toml"))
+@options.model
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the model runs. Default: auto.")
+@options.revision
+@options.families
+@options.output()
+def check_family(model: str, output: Output, **settings: Any) -> None:
+    """Test the declaration of an architecture on a checkpoint.
+
+    Every space is scaled by random powers of two and the model is run before and after, in float32 and bfloat16. Ends
+    with status 1 if a bit differs, and names the spaces that break.
+    """
+    from vrscope import api
+
+    with output.progress() as progress:
+        report = api.check_family(model, progress=progress, **given(settings))
     output.finish(report)
 
 

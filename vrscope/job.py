@@ -1,4 +1,4 @@
-"""The main job: analyze, plan, rescale, prove, and measure before and after, in one folder of results."""
+"""Measuring damage, and the main job: analyze, plan, rescale, prove, measure before and after, in one folder."""
 
 from __future__ import annotations
 
@@ -20,6 +20,61 @@ from vrscope.verdict import verdict
 PLAN_COPY, RESCALED_FOLDER = "plan.json", "rescaled"
 
 
+def measure(
+    model: str | Path,
+    *others: str | Path,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    dtype: str = "float32",
+    weights_only: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Measure what quantization costs, for one or several checkpoints on the same tokens.
+
+    Parameters
+    ----------
+    model
+        The reference: every row is compared with this checkpoint, unquantized.
+    others
+        More checkpoints of the same architecture, such as a rescaled one.
+    formats
+        Names of formats.
+    text
+        A UTF-8 text file; None takes the sample that ships with vrscope.
+    tokens
+        Tokens to measure on, in windows of 512.
+    device, dtype
+        "auto", "cpu" or "cuda"; "float32" or "bfloat16".
+    weights_only
+        Measure only the error of the weights; no model is run and no tokenizer needed.
+
+    Returns
+    -------
+    Report
+        Tables "damage" (unless `weights_only`) and "weight_error".
+    """
+    started = time.monotonic()
+    entries = stages.read_formats(formats)
+    opened = [open_checkpoint(source) for source in (model, *others)]
+    checkpoints = dict(zip(stages.label_checkpoints(opened), opened, strict=True))
+    sample = None if weights_only else stages.read_sample(opened[0], text, tokens)
+    tables, columns = stages.fill_damage(checkpoints, entries, sample, (device, dtype), progress)
+    _, family = stages.read_roles(opened[0])
+    facts = provenance(
+        time.monotonic() - started,
+        model=str(model),
+        family=family,
+        checkpoints={label: checkpoint.name for label, checkpoint in checkpoints.items()},
+        settings={"formats": list(formats), "weights_only": weights_only},
+        notes=tables["damage"].attrs.get("notes", []) if "damage" in tables else [],
+        command=command_line("measure", [model, *others], {"formats": formats, "text": text, "tokens": tokens}),
+        **stages.sample_facts(sample, device, dtype),
+    )
+    return Report("measure", facts, verdict(tables, facts), tables, columns)
+
+
 def run(
     model: str | Path,
     out: str | Path,
@@ -31,6 +86,7 @@ def run(
     device: str = "auto",
     force: bool = False,
     revision: str | None = None,
+    families: str | Path | None = None,
     name: str | None = None,
     progress: Progress = silent,
     **overrides: Any,
@@ -49,6 +105,8 @@ def run(
         As in `measure`.
     force
         Replace what an earlier run left in `out`.
+    revision, families, progress
+        As in `analyze`.
     name
         Name of the command that chose the model for the user; the report then names it instead of a path.
 
@@ -57,7 +115,6 @@ def run(
     Report
         Everything that the page shows.
     """
-    from vrscope.arch.binding import bind
     from vrscope.checkpoint.writer import check_target
     from vrscope.rescale.apply import apply_plan
     from vrscope.rescale.planning import make_plan
@@ -68,7 +125,7 @@ def run(
     entries, options, folder = stages.read_formats(formats), stages.read_options(overrides), Path(out)
     checkpoint = open_checkpoint(model, revision)
     stages.require_new(folder, force)
-    binding = bind(checkpoint)
+    binding = stages.bind_checkpoint(checkpoint, families)
     # Everything that can be refused is refused before the long work.
     check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
     sample = stages.read_sample(checkpoint, text, tokens)

@@ -279,6 +279,12 @@ def _apply(decorators: Sequence[Callable[[Command], Command]], command: Command)
 model = click.argument("model", metavar="MODEL")
 force = click.option("--force", is_flag=True, help="Replace what is already there.")
 revision = click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model id.")
+families = click.option(
+    "--families",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML file that declares more architectures; see docs/families.md.",
+)
 everything = click.option("--all", "everything", is_flag=True, help="Print long tables whole.")
 formats = click.option(
     "--formats",

@@ -44,13 +44,24 @@ PROOF_COLUMNS = (
 )
 
 
-def read_roles(checkpoint: Checkpoint) -> tuple[Mapping[str, TensorRole], str | None]:
+def bind_checkpoint(checkpoint: Checkpoint, families: str | Path | None = None) -> Binding:
+    """Return the binding of a checkpoint to its family; `families` is a TOML file of more declarations."""
+    from vrscope.arch.binding import bind, declared_families
+
+    return bind(checkpoint, declared_families(None if families is None else Path(families)))
+
+
+def read_roles(
+    checkpoint: Checkpoint, families: str | Path | None = None
+) -> tuple[Mapping[str, TensorRole], str | None]:
     """Return the roles of all tensors and the family's name; without a family, roles read off the names, and None."""
-    from vrscope.arch.binding import bind
+    from vrscope.arch.binding import declared_families
     from vrscope.arch.roles import roles_from_names
 
+    if families is not None:
+        declared_families(Path(families))  # a broken file is an error; a checkpoint no family fits is not
     try:
-        binding = bind(checkpoint)
+        binding = bind_checkpoint(checkpoint, families)
     except (FamilyError, CheckpointError):  # statistics need no family, and also describe what is quantized
         return roles_from_names(checkpoint.tensors), None
     return binding.roles, binding.family
@@ -232,7 +243,12 @@ def compare_outputs(
     return f"outputs, {dtype}", BIT_EQUAL if found.bit_equal else plan.equivalent, detail
 
 
-def recorded_plan(first: Checkpoint, second: Checkpoint, plan: RescalePlan | str | Path | None) -> RescalePlan:
+def recorded_plan(
+    first: Checkpoint,
+    second: Checkpoint,
+    plan: RescalePlan | str | Path | None,
+    families: str | Path | None = None,
+) -> RescalePlan:
     """Return the plan that says how `second` should differ from `first`: the one given, or the one they carry.
 
     Raises
@@ -256,9 +272,7 @@ def recorded_plan(first: Checkpoint, second: Checkpoint, plan: RescalePlan | str
         if found.source == result and checkpoint is first:
             return found.inverse()
     if source == result:
-        from vrscope.arch.binding import find_family
-
-        return RescalePlan(find_family(first.config).name, "none", {}, POW2, {}, source, result)
+        return RescalePlan(bind_checkpoint(first, families).family, "none", {}, POW2, {}, source, result)
     message = (
         f"{second.name}: expected the {PLAN_FILE} of a rescale of {first.name}, found none that joins the two. "
         "Give the plan with --plan, or compare a checkpoint with what `vrscope rescale` made of it."

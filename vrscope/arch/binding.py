@@ -59,6 +59,17 @@ def families() -> tuple[Family, ...]:
     return read_families(FAMILIES_FILE)
 
 
+def declared_families(file: Path | None) -> tuple[Family, ...]:
+    """Return the shipped families, after those of a user's own TOML file if there is one.
+
+    Raises
+    ------
+    FamilyError
+        If the file does not hold declarations.
+    """
+    return families() if file is None else read_families(file, FAMILIES_FILE)
+
+
 def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None = None) -> Family:
     """Return the family whose `model_type` and conditions fit a configuration.
 

@@ -162,21 +162,44 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def read_families(path: Path) -> tuple[Family, ...]:
+def read_families(path: Path, base: Path | None = None) -> tuple[Family, ...]:
     """Return the families declared in a TOML file, in order.
+
+    Parameters
+    ----------
+    path
+        The file.
+    base
+        Another such file whose families those of `path` may be `like`, and whose prelude they share. Its own families
+        come after those of `path`, so that the latter are found first.
 
     Raises
     ------
     FamilyError
-        If the file is not TOML, holds an unknown key, or a line does not parse; the message names the place.
+        If a file is not TOML, holds an unknown key, a line does not parse, or `path` declares a name of `base` again;
+        the message names the place.
     """
+    tables, known = _tables(path), {} if base is None else _tables(base)
+    prelude = _merge(known.pop("prelude", {}), tables.pop("prelude", {}))
+    again = sorted(set(tables) & set(known))
+    if again:
+        message = f"{path}: [{again[0]}] is declared already. Choose another name; model_types may be the same."
+        raise FamilyError(message)
+    every = {**tables, **known}
+    return tuple(_family(name, _inherit(name, every), prelude) for name in every)
+
+
+def _tables(path: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         message = f"{path}: not a readable TOML file of families ({error})."
         raise FamilyError(message) from error
-    prelude = tables.pop("prelude", {})
-    return tuple(_family(name, _inherit(name, tables), prelude) for name in tables)
+    wrong = sorted(name for name, table in tables.items() if not isinstance(table, Mapping))
+    if wrong:
+        message = f"{path}: {wrong[0]!r} is not a table. Each family is a table: [name]."
+        raise FamilyError(message)
+    return tables
 
 
 def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
