@@ -135,7 +135,7 @@ def plan(model: str, out: Path | None, everything: bool, output: Output, **setti
 @options.force
 @options.output()
 def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings: Any) -> None:
-    """Write the rescaled checkpoint, verified, whole or not at all."""
+    """Write the rescaled checkpoint, whole or not at all."""
     from vrscope import api
 
     chosen = given(settings)
@@ -157,7 +157,7 @@ def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings
 @options.families
 @options.output()
 def verify(a: str, b: str, output: Output, **settings: Any) -> None:
-    """Prove from the weights that two checkpoints are one function.
+    """Prove that two checkpoints are one function.
 
     Ends with status 1 if they are not.
     """
@@ -175,7 +175,7 @@ def verify(a: str, b: str, output: Output, **settings: Any) -> None:
 @options.families
 @options.output()
 def check_family(model: str, output: Output, **settings: Any) -> None:
-    """Test the declaration of an architecture on a checkpoint.
+    """Test the declaration of a family on a checkpoint.
 
     Every space is scaled by random powers of two and the model is run before and after, in float32 and bfloat16. Ends
     with status 1 if a bit differs, and names the spaces that break.
