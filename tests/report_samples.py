@@ -96,6 +96,7 @@ def damage(*, after: bool = True, raw: bool = False) -> pd.DataFrame:
                 "kl_max": 20 * value, "top1": top1, "top1_sem": 0.009 if kl else 0.0, "perplexity": 24.1 * ratio,
                 "perplexity_sem": 0.9 * ratio, "perplexity_ratio": ratio, "perplexity_ratio_sem": 0.01 * (ratio - 1),
                 "relative_error": None, "relative_error_sem": None, "cosine": None, "cosine_sem": None,
+                "change": value - kl, "change_sem": 0.01 * value if place else 0.0,
             })  # fmt: skip
     return pd.DataFrame(rows)
 

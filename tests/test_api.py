@@ -114,9 +114,10 @@ def test_results_can_be_loaded_redrawn_and_merged(finished, tmp_path):
     assert next(path.name for path in api.save(merged, tmp_path / "m")) == "results.json"
     with pytest.raises(CheckpointError, match="no readable results"):
         api.load_report(tmp_path / "absent")
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a vrscope results file"):
-        api.load_report(tmp_path / "bad.json")
+    for text in ("{}", '{"schema_version": 1}', "[" * 5000, '{"schema_version": 1, "columns": []}', "3", "null"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not a vrscope results file"):
+            api.load_report(tmp_path / "bad.json")
 
 
 def test_verify_proves_weights_and_outputs_both_ways(random_pair):
@@ -176,6 +177,26 @@ def test_raw_tvr_is_labelled_and_costs(tmp_path):
         vrscope.verify(demo_model(), tmp_path / "out" / "rescaled")
 
 
+def test_raw_tvr_is_labelled_wherever_its_checkpoint_is_looked_at(tmp_path):
+    plan = vrscope.rescale(demo_model(), tmp_path / "raw", method="tvr", raw=True)
+    assert plan.changed == len(plan.affine) > 0
+    for report in (
+        vrscope.measure(demo_model(), tmp_path / "raw", formats=["nf4"], tokens=32),
+        vrscope.analyze(tmp_path / "raw"),
+    ):
+        assert report.verdict[0]["text"].startswith("NOT EQUIVALENT")
+        api.save(report, tmp_path / report.kind)
+        assert "not equivalent" in (tmp_path / report.kind / "report.html").read_text().lower()
+
+
+def test_free_scales_are_never_said_to_change_nothing(tmp_path):
+    report = vrscope.run(
+        demo_model(), tmp_path / "out", method="tvr", target_std=0.05, scales="free", formats=FORMATS, tokens=64
+    )
+    assert report.tables["reach"]["can_change"].all()
+    assert not any("cannot change" in item["text"] for item in report.verdict)
+
+
 def test_free_scales_say_what_they_cost(tmp_path):
     report = vrscope.run(demo_model(), tmp_path / "out", scales="free", formats=["int8-row"], tokens=128)
     assert report.provenance["equivalent"] == "equal up to rounding"
@@ -227,7 +248,7 @@ def test_analyze_reports_nan_and_goes_on(tmp_path):
 
 
 def test_an_output_in_use_is_refused_before_any_work(finished, tmp_path):
-    with pytest.raises(OutputError, match="already holds files"):
+    with pytest.raises(OutputError, match="exists already"):
         vrscope.run(demo_model(), finished[0])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="found a file"):
@@ -243,6 +264,48 @@ def test_force_replaces_an_earlier_run(tmp_path):
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["settings"]["seed"] == 1
     assert plan["result"] == json.loads((tmp_path / "out" / "rescaled" / "vrscope_plan.json").read_text())["result"]
+
+
+def test_results_are_not_written_over_others_nor_into_a_checkpoint(finished, tmp_path):
+    report = finished[1]
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(OutputError, match=r"report\.html: exists already"):
+        api.save(report, tmp_path)
+    assert (tmp_path / "report.html").read_text() == "mine"
+    with pytest.raises(OutputError, match="is a checkpoint"):
+        api.save(report, demo_model(), force=True)
+    plan = vrscope.plan(demo_model())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="not a plan"):
+        plan.save(tmp_path / "config.json")
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_an_interrupted_run_leaves_no_mixture(tmp_path, monkeypatch):
+    """With --force, results of the earlier run are gone before its checkpoint is replaced."""
+    out = tmp_path / "out"
+    vrscope.run(demo_model(), out, method="random", formats=["int8-row"], tokens=32)
+
+    def stop(stage, done, total, unit):
+        if stage.startswith("original"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vrscope.run(demo_model(), out, method="wisca", formats=["int8-row"], tokens=32, force=True, progress=stop)
+    assert [path.name for path in out.iterdir()] == ["rescaled"]
+
+
+def test_a_copy_whose_outputs_differ_never_stands(tmp_path, monkeypatch):
+    """If the models disagree although the weights were proved, the declaration is wrong: nothing is left."""
+    from vrscope.quant import model
+
+    def differ(*arguments, **settings):
+        return model.LogitComparison(False, 0.5, 0.1, 32, "float32")
+
+    monkeypatch.setattr(model, "compare_logits", differ)
+    with pytest.raises(VerificationError, match="declaration of family 'llama'"):
+        vrscope.run(demo_model(), tmp_path / "out", method="random", formats=["int8-row"], tokens=32)
+    assert not (tmp_path / "out" / "rescaled").exists()
 
 
 def test_what_can_be_refused_is_refused_first_and_leaves_nothing(tmp_path):

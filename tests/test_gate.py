@@ -31,9 +31,7 @@ TABLES = {
         ("damage.kl==0.3", 1),
         ("damage.kl != 0.3", 2),
         ("damage[format=nf4].kl>0", 1),
-        ("damage[format=nf4, checkpoint=rescaled].kl>0", 0),
         ("damage[checkpoint=rescaled].kl>-inf", 1),
-        ("damage[format=fp4].kl>0", 0),
         ("tensors.nan_count>=0", 1),
     ],
 )
@@ -42,8 +40,27 @@ def test_rows_that_satisfy_the_rule_are_returned_and_missing_values_never_do(rul
 
 
 @pytest.mark.parametrize(
+    "rule",
+    ["damage[format=nf44].kl>0", "damage[format=nf4, checkpoint=rescaled].kl>0", "tensors[tensor=b].nan_count>0"],
+)
+def test_a_rule_that_checks_nothing_is_no_pass(rule: str) -> None:
+    with pytest.raises(RuleError, match="checks nothing"):
+        parse_rule(rule).broken_rows(TABLES)
+
+
+@pytest.mark.parametrize(
     "text",
-    ["", "kl>1", "damage.kl", "damage.kl=>1", "damage.kl>one", "damage.kl>1 or 2", "damage[nf4].kl>1", "damage[].kl>1"],
+    [
+        "damage.kl>nan",
+        "",
+        "kl>1",
+        "damage.kl",
+        "damage.kl=>1",
+        "damage.kl>one",
+        "damage.kl>1 or 2",
+        "damage[nf4].kl>1",
+        "damage[].kl>1",
+    ],
 )
 def test_what_is_not_a_rule_is_refused(text: str) -> None:
     with pytest.raises(RuleError):

@@ -84,6 +84,8 @@ def test_composition_refuses_what_does_not_join():
         (lambda body: body.update(scales="free", spaces={"a": [0.0]}), "finite and positive"),
         (lambda body: body.update(scales="free", spaces={"a": ["NaN"]}), "finite and positive"),
         (lambda body: body.update(affine={"w": [1]}), "not a vrscope plan"),
+        (lambda body: body.update(affine={"w": [1, float("nan")]}), "must be finite"),
+        (lambda body: body.update(zeroed="abc"), "must be a list"),
     ],
 )
 def test_a_damaged_plan_is_refused_in_one_line(change, words):
@@ -94,7 +96,7 @@ def test_a_damaged_plan_is_refused_in_one_line(change, words):
     assert words in str(caught.value) and "here.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{", "null", '{"vrscope_plan": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "null", "[" * 5000, '{"vrscope_plan": 1}'])
 def test_what_is_no_plan_is_refused(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PlanError, match="not a vrscope plan"):

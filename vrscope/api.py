@@ -18,7 +18,7 @@ from vrscope.executors import default_executor
 from vrscope.job import demo, measure, run
 from vrscope.progress import Progress, silent
 from vrscope.provenance import command_line, provenance
-from vrscope.saving import load_report, merge_reports, save
+from vrscope.saving import load_report, merge_reports, require_free, save
 from vrscope.stages import DEFAULT_FORMATS, DEFAULT_TOKENS, PROOF_TOKENS
 from vrscope.tables import Report
 from vrscope.verdict import verdict
@@ -38,6 +38,7 @@ __all__ = [
     "measure",
     "merge_reports",
     "plan",
+    "require_free",
     "rescale",
     "run",
     "save",
@@ -104,6 +105,8 @@ def analyze(
     facts = provenance(time.monotonic() - started, model=str(model), family=family, settings=settings, command=command)
     if checkpoint.quantization is not None:
         facts["quantization"] = checkpoint.quantization
+    if stages.not_equivalent([checkpoint]):
+        facts["equivalent"] = stages.not_equivalent([checkpoint])
     return Report("analyze", facts, verdict(tables, facts), tables, columns)
 
 

@@ -87,15 +87,18 @@ def run(model: str, out: Path, everything: bool, output: Output, **settings: Any
 @click.option("--target-std", type=options.POSITIVE, help="What `tvr_ratio` compares with. Default: 0.01.")
 @options.revision
 @options.families
+@options.force
 @options.everything
 @options.output("tensors", "depth_law", "channels", "heads")
-def analyze(model: str, out: Path | None, everything: bool, output: Output, **settings: Any) -> None:
+def analyze(model: str, out: Path | None, force: bool, everything: bool, output: Output, **settings: Any) -> None:
     """Describe the weights by layer: variance, kurtosis, outliers."""
     from vrscope import api
 
+    if out:
+        api.require_free(out, force)
     with output.progress() as progress:
         report = api.analyze(model, progress=progress, **given(settings))
-        written = api.save(report, out) if out else []
+        written = api.save(report, out, force=force) if out else []
     output.finish(report, everything, wrote=written)
 
 
@@ -197,16 +200,19 @@ def check_family(model: str, output: Output, **settings: Any) -> None:
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
 )
 @click.option("--weights-only", is_flag=True, help="Error of the weights alone; runs no model.")
+@options.force
 @options.everything
 @options.output("damage", "weight_error")
 def measure(model: str, others: tuple[str, ...], output: Output, **settings: Any) -> None:
     """Measure what quantization costs, side by side on one text."""
     from vrscope import api
 
-    out, everything = settings.pop("out"), settings.pop("everything")
+    out, everything, force = (settings.pop(name) for name in ("out", "everything", "force"))
+    if out:
+        api.require_free(out, force)
     with output.progress() as progress:
         report = api.measure(model, *others, progress=progress, **given(settings))
-        written = api.save(report, out) if out else []
+        written = api.save(report, out, force=force) if out else []
     output.finish(report, everything, wrote=written)
 
 

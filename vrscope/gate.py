@@ -6,6 +6,7 @@ A rule is broken when at least one row of the table satisfies it; missing values
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,6 +88,11 @@ class Rule:
         except (ValueError, TypeError) as error:
             message = f"{self.text!r}: column {self.column!r} of table {self.table!r} does not hold numbers."
             raise RuleError(message) from error
+        if len(frame) == 0 or values.isna().all():
+            message = (
+                f"{self.text!r}: no row of table {self.table!r} has a value to compare, so the rule checks nothing."
+            )
+            raise RuleError(message)
         return frame[_OPERATORS[self.comparison](values, self.bound) & values.notna()]
 
 
@@ -108,6 +114,9 @@ def parse_rule(text: str) -> Rule:
     except ValueError as error:
         message = f"{text!r}: {number!r} is not a number."
         raise RuleError(message) from error
+    if math.isnan(bound):
+        message = f"{text!r}: nothing is larger or smaller than NaN. Write a number."
+        raise RuleError(message)
     where = []
     for part in (condition or "").split(",") if condition is not None else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from vrscope import stages
-from vrscope.checkpoint.source import open_checkpoint
+from vrscope.checkpoint.source import Checkpoint, open_checkpoint
 from vrscope.executors import default_executor
 from vrscope.progress import Progress, silent
 from vrscope.provenance import command_line, provenance
-from vrscope.saving import save
+from vrscope.saving import PLAN_COPY, earlier_results, save
 from vrscope.stages import DEFAULT_FORMATS, DEFAULT_TOKENS, ORIGINAL, PROOF_TOKENS, RESCALED
 from vrscope.tables import Report
 from vrscope.verdict import verdict
 
-PLAN_COPY, RESCALED_FOLDER = "plan.json", "rescaled"
+RESCALED_FOLDER = "rescaled"
 
 
 def measure(
@@ -62,6 +62,8 @@ def measure(
     sample = None if weights_only else stages.read_sample(opened[0], text, tokens)
     tables, columns = stages.fill_damage(checkpoints, entries, sample, (device, dtype), progress)
     _, family = stages.read_roles(opened[0])
+    arguments = {"formats": formats, "text": text, "tokens": tokens, "device": device, "dtype": dtype}
+    arguments["weights_only"] = weights_only
     facts = provenance(
         time.monotonic() - started,
         model=str(model),
@@ -69,7 +71,8 @@ def measure(
         checkpoints={label: checkpoint.name for label, checkpoint in checkpoints.items()},
         settings={"formats": list(formats), "weights_only": weights_only},
         notes=tables["damage"].attrs.get("notes", []) if "damage" in tables else [],
-        command=command_line("measure", [model, *others], {"formats": formats, "text": text, "tokens": tokens}),
+        command=command_line("measure", [model, *others], arguments),
+        equivalent=stages.not_equivalent(opened),
         **stages.sample_facts(sample, device, dtype),
     )
     return Report("measure", facts, verdict(tables, facts), tables, columns)
@@ -130,16 +133,23 @@ def run(
     check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
     sample = stages.read_sample(checkpoint, text, tokens)
 
+    for old in earlier_results(folder):
+        old.unlink()  # an interrupted run must not leave the results of one beside the checkpoint of another
+
     tables, columns = stages.fill_statistics(
         checkpoint, binding.roles, StatOptions(target_std=options.target_std), progress
     )
     chosen, before = make_plan(checkpoint, binding, method, options, default_executor(), progress)
-    done = apply_plan(checkpoint, binding, chosen, folder / RESCALED_FOLDER, force=force, progress=progress)
-    rescaled = open_checkpoint(folder / RESCALED_FOLDER)
+    rows = [stages.weight_proof(checkpoint, chosen)]
+
+    def accept(copy: Checkpoint) -> None:
+        short = stages.read_sample(checkpoint, text, min(tokens, PROOF_TOKENS))
+        rows.append(stages.compare_outputs((checkpoint, copy), chosen, short, (device, "float32"), progress))
+
+    target = folder / RESCALED_FOLDER
+    done = apply_plan(checkpoint, binding, chosen, target, force=force, progress=progress, accept=accept)
+    rescaled = open_checkpoint(target)
     after = profile_weights(rescaled, binding, default_executor(), progress)
-    rows = [stages.weight_proof(checkpoint, done)]
-    short = stages.read_sample(checkpoint, text, min(tokens, PROOF_TOKENS))
-    rows.append(stages.compare_outputs((checkpoint, rescaled), done, short, (device, "float32"), progress))
     parts = [
         stages.fill_plan(checkpoint, binding, done, (before, after), entries),
         stages.fill_proof(rows),
@@ -148,7 +158,8 @@ def run(
     for more, described in parts:
         tables |= more
         columns |= described
-    arguments = {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, **overrides}
+    arguments = {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, "device": device}
+    arguments |= {"revision": revision, "families": families, **overrides}
     facts = provenance(
         time.monotonic() - started,
         model=str(model) if name is None else f"vrscope {name}",
@@ -161,7 +172,7 @@ def run(
     )
     done.save(folder / PLAN_COPY)
     report = Report("run", facts, verdict(tables, facts), tables, columns)
-    save(report, folder)
+    save(report, folder, force=True)
     return report
 
 

@@ -13,21 +13,66 @@ from vrscope.verdict import verdict
 if TYPE_CHECKING:
     import pandas as pd
 
-RESULTS_FILE, PAGE_FILE = "results.json", "report.html"
+RESULTS_FILE, PAGE_FILE, PLAN_COPY = "results.json", "report.html", "plan.json"
+CSV_TABLES = (
+    "channels",
+    "damage",
+    "depth_law",
+    "heads",
+    "matrices",
+    "proof",
+    "reach",
+    "spaces",
+    "tensors",
+    "unreachable",
+    "weight_error",
+)
 
 
-def save(report: Report, out: str | Path, html: bool = True) -> list[Path]:
-    """Write a report as `results.json`, one CSV per table, and the page `report.html`; return the paths.
+def earlier_results(folder: Path) -> list[Path]:
+    """Return the files in a folder that bear the names of results."""
+    names = {RESULTS_FILE, PAGE_FILE, PLAN_COPY, *(f"{table}.csv" for table in CSV_TABLES)}
+    return sorted(folder / name for name in names if (folder / name).exists())
+
+
+def require_free(out: str | Path, force: bool) -> None:
+    """Refuse a folder for results before any work is done for it.
 
     Raises
     ------
     OutputError
-        If the folder cannot be written.
+        If it is a file, a checkpoint, or holds earlier results and `force` is not set.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         message = f"{folder}: expected a folder to write, found a file. Give another name with -o."
         raise OutputError(message)
+    if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
+        message = (
+            f"{folder}: is a checkpoint, and results are not written among its files. Give another folder with -o."
+        )
+        raise OutputError(message)
+    found = earlier_results(folder)
+    if found and not force:
+        message = f"{found[0]}: exists already. Give another folder with -o, or --force to replace earlier results."
+        raise OutputError(message)
+
+
+def save(report: Report, out: str | Path, html: bool = True, force: bool = False) -> list[Path]:
+    """Write a report as `results.json`, one CSV per table, and the page `report.html`; return the paths.
+
+    With `force`, results of earlier work in the folder are removed first, so that none are mixed.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be written, is a checkpoint, or holds earlier results and `force` is not set.
+    """
+    folder = Path(out)
+    require_free(folder, force)
+    for old in earlier_results(folder):
+        if old.name != PLAN_COPY:
+            old.unlink()
     written = [folder / RESULTS_FILE]
     write_text(written[0], to_json(report))
     for name, frame in report.tables.items():
@@ -77,5 +122,9 @@ def merge_reports(reports: Sequence[Report]) -> Report:
         columns |= report.columns
         facts |= report.provenance
     kind = reports[0].kind if len(reports) == 1 else "merged"
-    findings = reports[0].verdict if len(reports) == 1 else verdict(tables, facts)
+    try:
+        findings = reports[0].verdict if len(reports) == 1 else verdict(tables, facts)
+    except (KeyError, TypeError) as error:
+        message = f"the results do not fit together ({error} is missing). Make them with this version of vrscope."
+        raise CheckpointError(message) from error
     return Report(kind, facts, findings, tables, columns)

@@ -14,6 +14,7 @@ from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import CheckpointError, FamilyError, OutputError, UnknownNameError, VerificationError
 from vrscope.executors import default_executor
 from vrscope.progress import Progress
+from vrscope.saving import require_free
 from vrscope.tables import Column
 
 if TYPE_CHECKING:
@@ -262,10 +263,9 @@ def recorded_plan(
         return read_plan(plan)
     source, result = first.fingerprint(), second.fingerprint()
     for checkpoint in (second, first):
-        file = checkpoint.folder / PLAN_FILE
-        if not file.is_file():
+        found = carried_plan(checkpoint)
+        if found is None:
             continue
-        found = RescalePlan.load(file)
         # One end is enough: if the other was changed since, the proof finds the tensor and says so.
         if found.source == source and checkpoint is second:
             return found
@@ -278,6 +278,22 @@ def recorded_plan(
         "Give the plan with --plan, or compare a checkpoint with what `vrscope rescale` made of it."
     )
     raise VerificationError(message)
+
+
+def carried_plan(checkpoint: Checkpoint) -> RescalePlan | None:
+    """Return the plan that a rescaled checkpoint carries, None for any other."""
+    from vrscope.rescale.plan import PLAN_FILE, RescalePlan
+
+    file = checkpoint.folder / PLAN_FILE
+    return RescalePlan.load(file) if file.is_file() else None
+
+
+def not_equivalent(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """Return "not equivalent" if one of the checkpoints was made by raw TVR, else None: nothing was proved here."""
+    from vrscope.rescale.plan import NOT_EQUIVALENT
+
+    plans = [carried_plan(checkpoint) for checkpoint in checkpoints]
+    return NOT_EQUIVALENT if any(plan and plan.equivalent == NOT_EQUIVALENT for plan in plans) else None
 
 
 def sample_facts(sample: TextSample | None, device: str, dtype: str) -> dict[str, Any]:
@@ -303,16 +319,14 @@ def label_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def require_new(folder: Path, force: bool) -> None:
-    """Refuse a folder for results that is in use.
+    """Refuse a folder for a whole run that is in use.
 
     Raises
     ------
     OutputError
-        If it holds something and `force` is not set, or is a file.
+        If it holds something and `force` is not set, or is a file or a checkpoint.
     """
-    if folder.exists() and not folder.is_dir():
-        message = f"{folder}: expected a folder to write, found a file. Give another name with -o."
-        raise OutputError(message)
+    require_free(folder, force)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         message = f"{folder}: already holds files. Give another folder with -o, or --force to replace earlier results."
         raise OutputError(message)

@@ -82,29 +82,38 @@ def from_json(text: str) -> Report:
     CheckpointError
         If the text is not a vrscope result, or of a newer schema.
     """
-    import pandas as pd
-
     try:
         body = json.loads(text)
-        version = body.pop("schema_version")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        message = f"not a vrscope results file ({error}). Give the results.json that `vrscope run` or `analyze` wrote."
+        version = body["schema_version"]
+        if version == SCHEMA_VERSION:
+            return _parsed(body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        message = f"not a vrscope results file ({what}). Give the results.json that `vrscope run` or `analyze` wrote."
         raise CheckpointError(message) from error
-    if version != SCHEMA_VERSION:
-        message = (
-            f"results of schema {version}, expected {SCHEMA_VERSION}. Make them again with this version of vrscope."
-        )
-        raise CheckpointError(message)
+    message = f"results of schema {version}, expected {SCHEMA_VERSION}. Make them again with this version of vrscope."
+    raise CheckpointError(message)
+
+
+def _parsed(body: Mapping[str, Any]) -> Report:
+    """Return the report of a parsed file; any error means that it is not one."""
+    import pandas as pd
+
+    fixed = ("schema_version", "kind", "provenance", "verdict", "columns")
     columns = {
         table: tuple(Column(c["name"], c["unit"], c["meaning"]) for c in rows)
-        for table, rows in body.pop("columns").items()
+        for table, rows in body["columns"].items()
     }
-    kind, provenance, verdict = body.pop("kind"), body.pop("provenance"), tuple(body.pop("verdict"))
     tables = {}
-    for name, rows in body.items():
-        empty = [c.name for c in columns.get(name, ())] if not rows else None
-        tables[name] = pd.DataFrame(rows, columns=empty)
-    return Report(kind, provenance, verdict, tables, columns)
+    for name in [name for name in body if name not in fixed]:
+        described = [column.name for column in columns.get(name, ())]
+        tables[name] = pd.DataFrame(body[name], columns=described if not body[name] else None)
+        lacking = sorted(set(described) - set(tables[name].columns))
+        if lacking:
+            message = f"table {name} lacks the column {lacking[0]}"
+            raise ValueError(message)
+    verdict = tuple({"level": str(item["level"]), "text": str(item["text"])} for item in body["verdict"])
+    return Report(str(body["kind"]), dict(body["provenance"]), verdict, tables, columns)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,15 +34,29 @@ def _function(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any])
     proof, spaces = tables.get("proof"), tables.get("spaces")
     findings = []
     if spaces is not None and len(spaces) and not spaces["changed"].any() and equivalent != "not equivalent":
-        text = "The plan changes no scale: nothing it looks at is far enough from its goal for a factor of two to help."
-        findings.append(_say(NOTE, text))
+        text = "The plan changes no scale"
+        if provenance.get("settings", {}).get("method") in {"wisca", "tvr"}:
+            text += ": nothing it looks at is far enough from its goal for a factor of two to bring it nearer"
+        findings.append(_say(NOTE, f"{text}."))
+    left_out = provenance.get("settings", {}).get("left_out")
+    if left_out:
+        text = "scales stay at 1, because theirs would push weights out of the normal range of the stored type."
+        findings.append(_say(NOTE, f"{left_out:,} {text}"))
     if proof is None and equivalent == "bit-equal":
-        return [_say(GOOD, "Applied, this plan leaves the model the same function, bit for bit."), *findings]
+        return [
+            _say(GOOD, "Applied, this plan leaves the model the same function, bit for bit, in float32 and bfloat16."),
+            *findings,
+        ]
+    if proof is None and equivalent == "not equivalent":
+        text = (
+            "NOT EQUIVALENT: raw TVR made one of these checkpoints, and it computes another function than its source."
+        )
+        return [_say(BAD, text)]
     details = "; ".join(proof["detail"]) if proof is not None and len(proof) else ""
     if equivalent == "not equivalent":
         return [_say(BAD, f"NOT EQUIVALENT: the rescaled checkpoint is another function than the original. {details}")]
     if equivalent == "bit-equal":
-        text = "The rescaled checkpoint is the same function, bit for bit"
+        text = "The rescaled checkpoint is the same function, bit for bit, in float32 and bfloat16 arithmetic"
     else:
         text = "The rescaled checkpoint is the same function up to one rounding per weight (free scales)"
     return [_say(GOOD, f"{text}: {details}." if details else f"{text}."), *findings]
@@ -78,10 +92,8 @@ def _change(start: str, first: Any, other: Any, columns: tuple[str, str]) -> Fin
     now = f"{other[value]:.4g} ± {other[error]:.2g} in {other['checkpoint']}"
     if other[value] == first[value]:
         return _say(NOTE, f"{start}, exactly the same in {other['checkpoint']}.")
-    # the two are measured on the same tokens, so treating their errors as independent is cautious
-    noise = math.hypot(first[error], other[error])
     change = (other[value] / first[value] - 1) * 100 if first[value] else math.inf
-    if not math.isfinite(change) or abs(other[value] - first[value]) < 2 * noise:
+    if not math.isfinite(change) or abs(other["change"]) < 2 * other["change_sem"]:
         return _say(NOTE, f"{start}, {now}: no difference beyond the noise of this sample.")
     word = "less" if change < 0 else "more"
     return _say(GOOD if change < 0 else BAD, f"{start}, {now}: {abs(change):.0f} % {word}.")

@@ -43,6 +43,12 @@ DAMAGE_COLUMNS: tuple[Column, ...] = (
     Column("relative_error_sem", "", "Standard error of that mean."),
     Column("cosine", "", "Encoders: mean over tokens of the cosine between h' and h."),
     Column("cosine_sem", "", "Standard error of that mean."),
+    Column(
+        "change",
+        "nats",
+        "Mean difference of KL (encoders: of the relative error) to the first checkpoint, same format.",
+    ),
+    Column("change_sem", "nats", "Standard error of that difference, paired over tokens, which count as independent."),
 )
 
 
@@ -145,6 +151,18 @@ def damage_row(tokens: Sequence[TokenPredictions | TokenStates], surprise: Float
         row["perplexity"], row["perplexity_sem"] = _exponential(own)
         row["perplexity_ratio"], row["perplexity_ratio_sem"] = _exponential(own - surprise)
     return row
+
+
+def token_damage(tokens: Sequence[TokenPredictions | TokenStates]) -> Floats:
+    """Return the damage of every token in order: its KL, or the relative error of an encoder's state."""
+    parts = [item.kl if isinstance(item, TokenPredictions) else item.relative_error for item in tokens]
+    return np.concatenate([np.empty(0), *parts])
+
+
+def paired_change(damage: Floats, first: Floats) -> dict[str, float]:
+    """Return mean and standard error of the difference between two damages of the same tokens."""
+    change, sem = _mean(damage - first)
+    return {"change": change, "change_sem": sem}
 
 
 def _mean(values: Floats) -> tuple[float, float]:

@@ -28,6 +28,8 @@ from vrscope.quant.metrics import (
     compare_predictions,
     compare_states,
     damage_row,
+    paired_change,
+    token_damage,
 )
 from vrscope.quant.spool import Spool
 from vrscope.quant.text import TextSample
@@ -108,6 +110,7 @@ def measure_model(
     rows: list[dict[str, object]] = []
     notes: list[str] = []
     surprise: Floats | None = None
+    first: dict[Format | None, Floats] = {}  # token by token, to compare later checkpoints with
     with Spool() as spool:
         for name, checkpoint in checkpoints.items():
             loaded = load_model(checkpoint, where, dtype)
@@ -116,7 +119,9 @@ def measure_model(
                 with quantized(loaded.model, entry) if entry else nullcontext():
                     tokens = list(_compared(loaded, spool, sample, stage, progress))
                 surprise = _surprise(tokens) if surprise is None else surprise  # the first row is the reference
-                rows.append(_row(name, entry, sample, damage_row(tokens, surprise)))
+                damage = token_damage(tokens)
+                change = paired_change(damage, first.setdefault(entry, damage))
+                rows.append(_row(name, entry, sample, damage_row(tokens, surprise) | change))
                 notes.append((entry and kept_note(loaded.model, entry)) or "")
             del loaded
             release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,8 +57,8 @@ def damage(report: Report) -> Section | None:
     blocks: list[Block] = [] if chart is None else [chart]
     caption = f"Damage per format{_measured_on(report, frame)}"
     note = (
-        "± is one standard error. A change counts as noise below two standard errors of the difference, the two taken "
-        "as independent, which is cautious: both are measured on the same tokens."
+        "± is one standard error, tokens taken as independent. A change counts as noise below two standard errors of "
+        "the difference, which is paired: both checkpoints are measured on the same tokens."
     )
     blocks.append(_table(report, rows, _CAUSAL if causal else _ENCODER, Table(caption, (), (), note)))
     if any(np.isfinite(numbers(frame, c)).any() for c in _TAIL):
@@ -152,14 +151,13 @@ def _table(report: Report, rows: _Rows, columns: tuple[str, ...], empty: Table) 
             value, sem = data[c]
             cells.append(Cell(plus_minus(value[k], sem[k]), "num"))
             if c == shown[0] and several:
-                cells.append(_changed(rows, k, (value, sem), name in blind))
+                cells.append(_changed(rows, k, value, name in blind))
         filled.append(tuple(cells))
     return Table(empty.caption, tuple(heads), tuple(filled), empty.note, empty.fold)
 
 
-def _changed(rows: _Rows, row: int, measured: tuple[Floats, Floats], blind: bool) -> Cell:
+def _changed(rows: _Rows, row: int, values: Floats, blind: bool) -> Cell:
     """Say how far a row moved from the first checkpoint's; coloured only if that is more than noise."""
-    values, sems = measured
     first = next(iter(rows.checkpoints))
     pairs = list(zip(rows.keys, rows.formats, strict=True))
     base = pairs.index((first, rows.formats[row])) if (first, rows.formats[row]) in pairs else row
@@ -168,8 +166,10 @@ def _changed(rows: _Rows, row: int, measured: tuple[Floats, Floats], blind: bool
     words = change(values[base], values[row])
     if words in {MISSING, "unchanged"}:
         return Cell(words, "num muted", note="out of reach" if blind and words == "unchanged" else "")
-    error = math.hypot(*(0.0 if is_missing(s) else float(s) for s in (sems[base], sems[row])))
-    if abs(values[row] - values[base]) < 2 * error:
+    moved, error = (numbers(rows.frame, name)[row] for name in ("change", "change_sem"))
+    if is_missing(moved):
+        return Cell(words, "num")
+    if abs(moved) < 2 * (0.0 if is_missing(error) else error):
         return Cell(words, "num muted", note="within noise")
     return Cell(words, "num good" if values[row] < values[base] else "num bad")
 

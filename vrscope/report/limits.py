@@ -35,8 +35,8 @@ def limits(report: Report) -> Section | None:
         return Section("limits", "What this plan could not change", lead, tuple(blocks))
     lead = (
         "Rounding with a scale that follows the data cannot see a factor that is constant over one block of that "
-        "scale: the scale absorbs it and every rounding error stays where it was. Such a format has exactly "
-        "the same damage before and after."
+        "scale: the scale absorbs it and every rounding error stays where it was. The quantized model puts out exactly "
+        "the same before and after."
     )
     return Section("limits", "What this plan could not change", lead, tuple(blocks))
 

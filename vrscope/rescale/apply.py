@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +21,19 @@ if TYPE_CHECKING:
 
 
 def apply_plan(
-    checkpoint: Checkpoint, binding: Binding, plan: RescalePlan, out: Path, *, force: bool, progress: Progress
+    checkpoint: Checkpoint,
+    binding: Binding,
+    plan: RescalePlan,
+    out: Path,
+    *,
+    force: bool,
+    progress: Progress,
+    accept: Callable[[Checkpoint], None] | None = None,
 ) -> RescalePlan:
     """Write `checkpoint` rescaled by `plan` to the folder `out`, and return the plan with the result's fingerprint.
 
-    The copy is proved tensor by tensor before it takes its place; if anything fails, nothing is left behind.
+    The copy is proved tensor by tensor before it takes its place; `accept` may look at it then and raise to reject it.
+    If anything fails, nothing is left behind.
 
     Raises
     ------
@@ -51,6 +60,8 @@ def apply_plan(
         prove(checkpoint, copy, binding, done, progress)
         done = replace(done, result=copy.fingerprint())
         write_text(copy.folder / PLAN_FILE, done.to_json())
+        if accept is not None:
+            accept(copy)
 
     rewrite(
         checkpoint,

@@ -12,6 +12,7 @@ from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import GAIN_PAIR, NORM_FOLD, Space
 from vrscope.checkpoint.source import Checkpoint
+from vrscope.errors import PlanError
 from vrscope.quant.formats import Format
 from vrscope.rescale.methods import MethodOptions, target_std, usable_spaces
 from vrscope.rescale.plan import NOT_EQUIVALENT, POW2, RescalePlan
@@ -110,10 +111,12 @@ def describe_matrices(binding: Binding, plan: RescalePlan, profiles: tuple[Profi
     """Return the table "matrices": the std of every linear weight in the layers, before, after, and its target."""
     import pandas as pd
 
-    options = MethodOptions(
-        target_std=float(plan.settings.get("target_std", 0.01)),
-        depth_scaled=bool(plan.settings.get("depth_scaled", False)),
-    )
+    try:
+        target = float(plan.settings.get("target_std", 0.01))
+    except (TypeError, ValueError) as error:
+        message = f"plan: target_std is {plan.settings['target_std']!r}, expected a number. Make the plan again."
+        raise PlanError(message) from error
+    options = MethodOptions(target_std=target, depth_scaled=bool(plan.settings.get("depth_scaled", False)))
     rows = []
     for name, role in binding.roles.items():
         if role.kind != LINEAR or role.layer is None:

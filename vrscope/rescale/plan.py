@@ -7,6 +7,7 @@ two are stored as integer exponents, run-length encoded ("0x12 1 -1x3"); free sc
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.errors import PlanError
+from vrscope.errors import OutputError, PlanError
 from vrscope.tables import write_text
 
 PLAN_FILE = "vrscope_plan.json"
@@ -67,9 +68,13 @@ class RescalePlan:
 
     @property
     def changed(self) -> int:
-        """Number of scales that are not 1."""
+        """Number of scales that are not 1; for raw TVR, of tensors that are not what they were."""
         neutral = 0 if self.scales == POW2 else 1.0
-        return sum(int(np.count_nonzero(values != neutral)) for values in self.spaces.values())
+        return (
+            len(self.affine)
+            + len(self.zeroed)
+            + sum(int(np.count_nonzero(values != neutral)) for values in self.spaces.values())
+        )
 
     def inverse(self) -> RescalePlan:
         """Return the plan that undoes this one.
@@ -144,8 +149,14 @@ class RescalePlan:
         Raises
         ------
         OutputError
-            If the file cannot be written.
+            If the file cannot be written, or holds something that is not a plan.
         """
+        if Path(path).exists():
+            try:
+                self.load(path)
+            except PlanError as error:
+                message = f"{path}: exists and is not a plan, so it is not overwritten. Choose another name."
+                raise OutputError(message) from error
         write_text(Path(path), self.to_json())
         return Path(path)
 
@@ -184,6 +195,13 @@ class RescalePlan:
             if scales not in {POW2, FREE}:
                 message = f"{where}: scales {scales!r}, expected {POW2} or {FREE}."
                 raise PlanError(message)
+            affine = {str(name): (float(a), float(b)) for name, (a, b) in body["affine"].items()}
+            if not all(math.isfinite(number) for pair in affine.values() for number in pair):
+                message = f"{where}: scale and shift must be finite. Make the plan again."
+                raise PlanError(message)
+            if not isinstance(body["zeroed"], list):
+                message = f"{where}: zeroed must be a list of tensor names. Make the plan again."
+                raise PlanError(message)
             return cls(
                 family=str(body["family"]),
                 method=str(body["method"]),
@@ -192,10 +210,10 @@ class RescalePlan:
                 spaces={str(name): _decode(values, scales) for name, values in body["spaces"].items()},
                 source=str(body["source"]),
                 result=str(body["result"]),
-                affine={str(name): (float(a), float(b)) for name, (a, b) in body["affine"].items()},
+                affine=affine,
                 zeroed=tuple(str(name) for name in body["zeroed"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             message = f"{where}: not a vrscope plan ({type(error).__name__}: {error}). Make one with `vrscope plan`."
             raise PlanError(message) from error
 

@@ -18,7 +18,7 @@ from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.checkpoint.source import Checkpoint, TensorInfo
 from vrscope.quant.formats import Format
-from vrscope.rescale.plan import NOT_EQUIVALENT, RescalePlan
+from vrscope.rescale.plan import FREE, NOT_EQUIVALENT, RescalePlan
 from vrscope.rescale.scaling import TensorScale, tensor_scales
 from vrscope.tables import Column
 
@@ -31,6 +31,12 @@ REACH_COLUMNS = (
     Column("tensors_changed", "tensors", "Linear weights whose rounding the plan can change."),
     Column("tensors_total", "tensors", "Linear weights that are quantized."),
     Column("reason", "", "Why, in words."),
+)
+
+
+_ROUNDED = (
+    "The format's own scale absorbs the factors, but free factors round every stored weight once, so the format rounds "
+    "slightly other weights. With powers of two the damage would stay what it was."
 )
 
 
@@ -51,7 +57,11 @@ def reach(checkpoint: Checkpoint, binding: Binding, plan: RescalePlan, formats: 
     rows = []
     for entry in formats:
         felt = sum(_feels(entry, *pair) for pair in factors.values())
-        rows.append((entry.name, felt > 0, felt, len(linears), _reason(entry, felt, len(linears), plan)))
+        reason = _reason(entry, felt, len(linears), plan)
+        if plan.scales == FREE and not felt and plan.changed:
+            felt = sum(name in scales for name in linears)
+            reason = _ROUNDED
+        rows.append((entry.name, felt > 0, felt, len(linears), reason))
     return pd.DataFrame(rows, columns=[column.name for column in REACH_COLUMNS])
 
 
@@ -123,5 +133,5 @@ def _reason(entry: Format, felt: int, total: int, plan: RescalePlan) -> str:
         )
     return (
         f"The format has {scope}, and every factor of this plan is constant over each such unit. The format's own "
-        "scale absorbs the factor, every weight rounds to the same level, and the damage stays exactly what it was."
+        "scale absorbs the factor, every weight rounds to the same level, and the quantized model puts out what it did."
     )

@@ -83,6 +83,10 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
         if len(values) != known[name].size:
             message = f"plan: {name!r} has {len(values)} scales, expected {known[name].size}. Make the plan again."
             raise PlanError(message)
+    unknown = next((name for name in (*plan.affine, *plan.zeroed) if name not in binding.roles), None)
+    if unknown is not None:
+        message = f"plan: {unknown!r} is not a tensor of this checkpoint. Make the plan for it with `vrscope plan`."
+        raise PlanError(message)
     scales: dict[str, TensorScale] = {}
     for tensor, uses in by_tensor(binding.spaces).items():
         arrays: list[NDArray[Any]] = []

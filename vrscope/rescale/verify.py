@@ -1,14 +1,15 @@
 """The proof that one checkpoint is another one rescaled, from the weights alone.
 
-Independent of how the copy was written: every element of B must equal the element of A with the recorded exponent added
-(`ldexp` in float64, which is exact for every stored type), compared by value and sign. Names, shapes, dtypes and the
-configuration must be the same, and the exponents must belong to spaces that were derived again from A.
+For powers of two it is independent of how the copy was written: every element of B must equal the element of A with
+the recorded exponent added (`ldexp` in float64, which is exact for every stored type), compared by value and sign.
+Free scales and raw TVR are computed again by the code that wrote them. Names, shapes, dtypes and the configuration must
+be the same, and the exponents must belong to spaces that were derived again from A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,6 @@ from vrscope.errors import VerificationError
 from vrscope.progress import Progress
 from vrscope.rescale.plan import RescalePlan
 from vrscope.rescale.scaling import TensorScale, scale_block, tensor_scales
-
-if TYPE_CHECKING:
-    pass
 
 
 def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, progress: Progress) -> int:
