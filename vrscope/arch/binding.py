@@ -89,8 +89,9 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
         said = {key: family.unless_said.get(key) if value is None else value for key, value in values.items()}
         if all(said[key] == family.when[key] for key in said):
             for key, reason in family.refuse.items():
-                if config_value(config, key) not in {None, False}:
-                    message = f"config.json: {key} = {config_value(config, key)!r}: {reason} Not rescaled."
+                value = config_value(config, key)
+                if value is not None and value is not False:
+                    message = f"config.json: {key} = {value!r}: {reason} Not rescaled."
                     raise FamilyError(message)
             return family
     message = f"config.json: model_type {kind!r} is declared, but not with {fitting[0].when}. Not rescaled."
@@ -145,6 +146,8 @@ def _tied(family: Family, checkpoint: Checkpoint) -> bool:
 
 def _roles(graph: Graph, node: Node, prefix: str) -> Iterator[TensorRole]:
     role = node.line.stem.replace("{p}", "").replace(".{x}", "").replace(".{h}", "").replace(".{g}", "")
+    if len(graph.family.stacks) > 1 and node.scope[0] != TOP:
+        role = f"{node.scope[0]}.{role}"
     kind = _KINDS[node.line.kind]
     if graph.family.tied is not None and node.line.stem == graph.family.tied[0]:
         kind = HEAD

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.graph import Graph, Node, config_value
+from vrscope.arch.graph import Graph, Node, config_value, extent, values_of
 from vrscope.arch.layout import leaves
 
 RULES = {"dot": "q.k", "gated": "up.down", "act": "fc1.fc2", "pass": "v.o"}  # named after the operation that ties it
@@ -154,6 +154,9 @@ def _block_by_operations(graph: Graph, ties: _Ties, config: Mapping[str, Any]) -
                     ties.block(space, f"activation {name}: no scale passes through it")
             else:
                 ties.tie(edge.inputs[0], edge.outputs[0], degree)
+        elif kind == "opaque":
+            for space in (*edge.inputs, *edge.outputs):
+                ties.block(space, f"at the {edge.operation.name.replace('_', ' ')}, which no scale passes through")
         else:
             for space in (*edge.inputs, *edge.outputs):
                 ties.block(space, "added to another stream, which would need the same scale")
@@ -255,8 +258,8 @@ def _labels(axis: str, size: int, rotated: bool, graph: Graph, config: Mapping[s
     plain = np.arange(size)
     if not rotated:
         return plain
-    share = next((v for v in (config_value(config, key) for key in graph.family.rotary) if v is not None), 1.0)
-    span = int(size * float(share)) // 2 * 2
+    share = next(values_of(graph.family.rotary, config, {axis: size}), 1.0)
+    span = int(size * share) // 2 * 2
     turned = plain[:span] % (span // 2) if graph.family.rope == "half" else plain[:span] // 2
     return np.concatenate([turned, np.arange(size - span) + span // 2])
 
@@ -282,9 +285,9 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
     side, space, power = use
     layout = node.writes if side == "out" else node.reads
     assert layout is not None
-    dim = node.line.dims.index(side)
+    along = "out" if node.line.kind == "conv" else side
     batch = [at for at, what in enumerate(node.line.dims) if what not in {"out", "in"} and what in graph.axes[space]]
-    count = node.weight.shape[dim]
+    count = extent(node, along)
     if node.line.kind == "norm" and _short_gain(graph, node, space):
         flat = ids.reshape(count)
     else:
@@ -293,7 +296,8 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
         flat = np.full([*(node.weight.shape[at] for at in batch), count], -1, np.int64)
         lead = np.indices(places.shape)[: len(batch)] if batch else ()
         flat[(*lead, places)] = ids
-    view = [size if at in batch or at == dim else 1 for at, size in enumerate(node.weight.shape)]
+    kept = {*batch, *(at for at, what in enumerate(node.line.dims) if what == along)}
+    view = [size if at in kept else 1 for at, size in enumerate(node.weight.shape)]
     terms = [Term(node.weight.name, flat.reshape(view), power, node.line.gain if side == "out" else "w")]
     if side == "out" and node.bias is not None:
         terms.append(Term(node.bias.name, flat.reshape(node.bias.shape), power, "w"))
