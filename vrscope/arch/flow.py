@@ -120,7 +120,7 @@ class Family:
     rope
         Pair layout: "half", "interleaved" or "none"; `rotary` is the expression of the rotated share of the head.
     act
-        Configuration key of the activation.
+        Configuration key of the activation; alternatives are parted by `|`, one in quotes is the name itself.
     tied
         Head stem, embedding stem, and whether they are tied when the configuration is silent; None = never tied.
     one_of
@@ -204,12 +204,12 @@ def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the entries of `over`; `stem` replaces `stem?` and the reverse, and "" removes a line."""
+    """Return `base` with the entries of `over`; `stem` replaces `stem?` and the reverse, "" removes a line, {} a table."""
     merged = dict(base)
     for key, value in over.items():
         stem = key.partition("?")[0]
         twins = [old for old in merged if old.partition("?")[0] == stem]
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+        if value and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
             merged[key] = _merge(merged[key], value)
             continue
         for old in twins:
@@ -274,7 +274,7 @@ def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[
         raise FamilyError(message)
     kind = "fixed" if match is None else match["kind"] or "linear"
     norm = kind == "norm"
-    dims = {"embed": "in out", "norm": "out", "conv": "out a b"}.get(kind, family["dims"])
+    dims = {"embed": "in out", "norm": "out", "conv": "out single taps"}.get(kind, family["dims"])
     bias = options.get("bias", "optional" if kind == "fixed" else family["norm_bias"] if norm else family["bias"])
     return Line(
         stem=stem,

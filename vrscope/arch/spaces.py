@@ -147,7 +147,7 @@ def _block_by_operations(graph: Graph, ties: _Ties, config: Mapping[str, Any]) -
             ties.block(edge.inputs[0], "feeds the activation of a gate, which no scale passes through")
             ties.tie(edge.inputs[1], edge.outputs[0], 1)
         elif kind == "act":
-            name = str(config_value(config, graph.family.act or "") or "unknown")
+            name = _activation(graph, config)
             degree = HOMOGENEOUS.get(name)
             if degree is None:
                 for space in (*edge.inputs, *edge.outputs):
@@ -160,6 +160,15 @@ def _block_by_operations(graph: Graph, ties: _Ties, config: Mapping[str, Any]) -
         else:
             for space in (*edge.inputs, *edge.outputs):
                 ties.block(space, "added to another stream, which would need the same scale")
+
+
+def _activation(graph: Graph, config: Mapping[str, Any]) -> str:
+    """Return the first activation that the configuration names; a quoted alternative is the name itself."""
+    for word in (graph.family.act or "").split("|"):
+        name = word.strip().strip("'") if "'" in word else config_value(config, word.strip())
+        if isinstance(name, str):
+            return name
+    return "unknown"
 
 
 def _block_by_use(graph: Graph, ties: _Ties, tied: bool) -> None:
