@@ -1,6 +1,8 @@
 """Binding: spaces as the symmetry rules demand, and refusals that name the tensor."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +15,13 @@ from vrscope.arch.binding import bind, families
 from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import CheckpointError, FamilyError
+
+
+# Fixed tensors that older files lack; no scale depends on them.
+OPTIONAL = {
+    **dict.fromkeys(["t5", "t5-gated", "mt5", "umt5"], "relative_attention_bias"),
+    "apertus": r"act_fn\.(beta|eps)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +188,32 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, llama, change, wo
         bind(open_checkpoint(folder))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HEADS = r"lm_head|embed_out|proj_out|vocab_|pooler|classifier|cls\."
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_missing_tensor_is_refused_by_every_family(case, tmp_path):
+    """Every weight of the body in turn: a declaration that does not miss it could be of another architecture."""
+    checkpoint = open_checkpoint(save_tiny(case, tmp_path / "m"))
+    for name in checkpoint.tensors:
+        if name.endswith("bias") or re.search(HEADS, name) or re.search(OPTIONAL.get(case, "^$"), name):
+            continue
+        if re.search(r"\.experts\.[0-2]\.", name) or re.search(r"layers?\.[1-9]\.(?!.*(attn|mamba))", name):
+            continue  # enough of them
+        kept = {other: info for other, info in checkpoint.tensors.items() if other != name}
+        with pytest.raises(FamilyError):
+            bind(dataclasses.replace(checkpoint, tensors=kept))
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_stray_tensor_is_refused_by_every_family(case, tmp_path):
+    checkpoint = open_checkpoint(save_tiny(case, tmp_path / "m"))
+    first = next(iter(checkpoint.tensors.values()))
+    stray = dataclasses.replace(first, name="model.layers.0.mlp.extra_proj.weight")
+    with pytest.raises(FamilyError, match="extra_proj"):
+        bind(dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, stray.name: stray}))
 
 
 def test_missing_expert_is_refused(tmp_path):

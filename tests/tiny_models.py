@@ -62,7 +62,13 @@ NEOX = {
 }
 FALCON = NEOX | {"new_decoder_architecture": False, "bias": True}
 EXPERTS = GQA | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-SHARED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+SHARED = EXPERTS | {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 MLA = {key: value for key, value in SHARED.items() if key != "head_dim"} | {
     "num_key_value_heads": 4,
     "qk_nope_head_dim": 16,

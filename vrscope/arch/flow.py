@@ -204,7 +204,7 @@ def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the entries of `over`; `stem` replaces `stem?` and the reverse, "" removes a line, {} a table."""
+    """Return `base` with the entries of `over`: `stem` replaces `stem?` and the reverse; "" or {} removes an entry."""
     merged = dict(base)
     for key, value in over.items():
         stem = key.partition("?")[0]

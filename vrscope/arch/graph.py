@@ -294,10 +294,11 @@ class _Builder:
         """Check that tensors stored one per head are there for every head."""
         counted = Counter((node.line.stem, node.scope, place) for node in nodes for place, _ in node.indices)
         for (stem, scope, place), count in counted.items():
-            if place in {"h", "g"} and self.top.get(place) != count:
+            expected = self._sizes(scope).get(place)
+            if place in {"h", "g"} and expected != count:
                 message = (
-                    f"{self._path(scope)}.{stem}: family {self.family.name!r} expects {self.top.get(place)} of them, "
-                    f"found {count}. The file is incomplete, so it is not rescaled."
+                    f"{self._path(scope)}.{stem}: family {self.family.name!r} expects {expected} of them, found "
+                    f"{count}. The file is incomplete, so it is not rescaled."
                 )
                 raise FamilyError(message)
 

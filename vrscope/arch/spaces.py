@@ -96,6 +96,9 @@ def derive(graph: Graph, config: Mapping[str, Any], tied: bool) -> tuple[list[Sp
         Whether the output head is the embedding matrix.
     """
     ties = _Ties(graph)
+    for name in ties.group:
+        if name in graph.rigid:
+            ties.block(name, _declared_rigid(graph, name))
     _block_by_operations(graph, ties, config)
     _block_by_use(graph, ties, tied)
     spaces: list[Space] = []
@@ -184,9 +187,7 @@ def _block_by_use(graph: Graph, ties: _Ties, tied: bool) -> None:
     read |= {space for edge in graph.edges for space in edge.inputs}
     heads = _head_inputs(graph)
     for name in ties.group:
-        if name in graph.rigid:
-            ties.block(name, _declared_rigid(graph, name))
-        elif name in heads and tied:
+        if name in heads and tied:
             ties.block(name, "read by the output head, which is the embedding matrix (tied)")
         elif name not in read:
             ties.block(name, "an output of the model")
@@ -268,7 +269,7 @@ def _labels(axis: str, size: int, rotated: bool, graph: Graph, config: Mapping[s
     if not rotated:
         return plain
     share = next(values_of(graph.family.rotary, config, {axis: size}), 1.0)
-    span = int(size * share) // 2 * 2
+    span = int(size * min(share, 1.0)) // 2 * 2
     turned = plain[:span] % (span // 2) if graph.family.rope == "half" else plain[:span] // 2
     return np.concatenate([turned, np.arange(size - span) + span // 2])
 
