@@ -16,9 +16,10 @@ from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import CheckpointError, FamilyError
 
-
-# Fixed tensors that older files lack; no scale depends on them.
+# Tensors that some files lack, and that no scale depends on.
 OPTIONAL = {
+    **dict.fromkeys(["gemma3-multimodal", "mistral3", "qwen2_vl", "qwen2_5_vl"], "vision_tower|multi_modal|visual"),
+    "granite_swa": "sinks",
     **dict.fromkeys(["t5", "t5-gated", "mt5", "umt5"], "relative_attention_bias"),
     "apertus": r"act_fn\.(beta|eps)",
 }

@@ -139,6 +139,7 @@ QWEN3_NEXT = EXPERTS | {
     "linear_value_head_dim": 12,
     "partial_rotary_factor": 0.5,
 }
+PATCHES = VIT | {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 DENSE_FIRST = EXPERTS | {"mlp_only_layers": [0]}
 # name of the test case -> (transformers config class, its arguments, model class)
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -177,6 +178,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "granite": ("GraniteConfig", GQA | {"residual_multiplier": 0.7, "attention_bias": True}, "GraniteForCausalLM"),
     "smollm3": ("SmolLM3Config", GQA | {"no_rope_layers": [1, 0]}, "SmolLM3ForCausalLM"),
     "seed_oss": ("SeedOssConfig", GQA | {"attention_bias": True}, "SeedOssForCausalLM"),
+    "internlm3": ("InternLM3Config", GQA | {"attention_bias": True, "mlp_bias": True}, "LlamaForCausalLM"),
+    "granite_swa": ("GraniteSWAConfig", GQA, "GraniteSWAForCausalLM"),
+    "jais2": ("Jais2Config", GQA, "Jais2ForCausalLM"),
+    "vaultgemma": ("VaultGemmaConfig", GQA | {"query_pre_attn_scalar": 16}, "VaultGemmaForCausalLM"),
+    "mellum": ("MellumConfig", EXPERTS, "MellumForCausalLM"),
     "ministral": ("MinistralConfig", GQA, "MinistralForCausalLM"),
     "ministral3": ("Ministral3Config", GQA, "Ministral3ForCausalLM"),
     "cwm": ("CwmConfig", GQA, "CwmForCausalLM"),
@@ -258,6 +264,39 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamba2": ("Mamba2Config", MAMBA2, "Mamba2ForCausalLM"),
     "jamba": ("JambaConfig", JAMBA, "JambaForCausalLM"),
     "qwen3_next": ("Qwen3NextConfig", QWEN3_NEXT, "Qwen3NextForCausalLM"),
+    "qwen3_5": ("Qwen3_5TextConfig", QWEN3_NEXT, "Qwen3_5ForCausalLM"),
+    "qwen3_5-moe": ("Qwen3_5MoeTextConfig", QWEN3_NEXT, "Qwen3_5MoeForCausalLM"),
+    "llama4": (
+        "Llama4TextConfig",
+        EXPERTS | {"intermediate_size_mlp": 80, "interleave_moe_layer_step": 2, "num_experts_per_tok": 1},
+        "Llama4ForCausalLM",
+    ),
+    "gemma3-multimodal": (
+        "Gemma3Config",
+        {"text_config": GQA | {"query_pre_attn_scalar": 16}, "vision_config": PATCHES, "mm_tokens_per_image": 4},
+        "Gemma3ForConditionalGeneration",
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        {"text_config": GQA | {"model_type": "mistral"}, "vision_config": PATCHES, "tie_word_embeddings": False},
+        "Mistral3ForConditionalGeneration",
+    ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        {
+            "text_config": GQA | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+            "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+        },
+        "Qwen2VLForConditionalGeneration",
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": GQA | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+            "vision_config": {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2},
+        },
+        "Qwen2_5_VLForConditionalGeneration",
+    ),
     "bitnet": ("BitNetConfig", GQA, "BitNetForCausalLM"),
     "apertus": ("ApertusConfig", GQA, "ApertusForCausalLM"),
 }

@@ -115,17 +115,18 @@ def bind(checkpoint: Checkpoint, declared: tuple[Family, ...] | None = None) -> 
         )
         raise CheckpointError(message)
     family = find_family(checkpoint.config, declared)
+    config = own_config(family, checkpoint.config)
     counts = {}
     for scope, stack in family.stacks.items():
-        count = size_of(stack.count, checkpoint.config, {})
+        count = size_of(stack.count, config, {})
         if count is None:
             message = f"config.json: expected the number of layers as {stack.count}, found none. Not rescaled."
             raise FamilyError(message)
         counts[scope] = count
     found = match(family, checkpoint.tensors, counts)
-    graph = build_graph(family, found, checkpoint.config)
+    graph = build_graph(family, found, config)
     tied = _tied(family, checkpoint)
-    spaces, rigid = derive(graph, checkpoint.config, tied)
+    spaces, rigid = derive(graph, config, tied)
     spaces.sort(key=lambda space: (space.layer is None, space.layer or 0))
     roles = {role.tensor: role for node in graph.nodes for role in _roles(graph, node, found.prefix)}
     for name in found.ignored:
@@ -133,15 +134,22 @@ def bind(checkpoint: Checkpoint, declared: tuple[Family, ...] | None = None) -> 
     return Binding(family.name, {name: roles[name] for name in checkpoint.tensors}, tuple(spaces), tuple(rigid), tied)
 
 
+def own_config(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a configuration that describes the declared model; older ones do not nest it."""
+    own = config.get(family.inside) if family.inside else None
+    return own if isinstance(own, Mapping) else config
+
+
 def _tied(family: Family, checkpoint: Checkpoint) -> bool:
     """Return whether head and embedding are one; a config that says so is believed, as runtimes may ignore the head."""
     if family.tied is None:
         return False
     head, _, default = family.tied
-    said = checkpoint.config.get("tie_word_embeddings")
-    if said is None:
-        said = default
-    return bool(said) or f"{head}.weight" not in checkpoint.tensors
+    said = [config.get("tie_word_embeddings") for config in (checkpoint.config, own_config(family, checkpoint.config))]
+    return (
+        next((bool(value) for value in said if value is not None), default)
+        or f"{head}.weight" not in checkpoint.tensors
+    )
 
 
 def _roles(graph: Graph, node: Node, prefix: str) -> Iterator[TensorRole]:

@@ -129,6 +129,10 @@ class Family:
         Configuration keys that make the declaration invalid when set, with the reason.
     ignore
         Buffers that may lie in the file and that no scale touches.
+    inside
+        Key under which a configuration nests that of the declared model, "" = it does not.
+    aside
+        Beginnings of the names of whole parts, such as a vision tower, that only write into the residual stream.
     """
 
     name: str
@@ -148,6 +152,8 @@ class Family:
     one_of: tuple[tuple[str, ...], ...]
     refuse: Mapping[str, str]
     ignore: tuple[str, ...]
+    inside: str
+    aside: tuple[str, ...]
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -166,6 +172,8 @@ DEFAULTS: Mapping[str, Any] = {
     "one_of": [],
     "refuse": {},
     "ignore": [],
+    "inside": "",
+    "aside": [],
     "dims": "out in",
     "bias": "optional",
     "norm_bias": "none",
@@ -252,6 +260,8 @@ def _family(name: str, table: Mapping[str, Any], prelude: Mapping[str, Any]) -> 
         one_of=tuple(tuple(groups) for groups in get["one_of"]),
         refuse=get["refuse"],
         ignore=(*prelude.get("ignore", []), *get["ignore"]),
+        inside=get["inside"],
+        aside=tuple(get["aside"]),
     )
 
 

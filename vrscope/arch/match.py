@@ -112,7 +112,7 @@ def _claim(
                 setattr(claim, pattern.which, tensors[name])
             break
         else:
-            strays.append(name)
+            (ignored if name.startswith(family.aside) else strays).append(name)
     return claims, ignored, strays
 
 
