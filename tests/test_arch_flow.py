@@ -35,6 +35,25 @@ def test_a_child_does_not_inherit_model_types(tmp_path):
     assert declared(tmp_path, BASE + '[child]\nlike = "base"\n')["child"].model_types == ()
 
 
+def test_drop_removes_lines_and_refuses_to_miss(tmp_path):
+    text = BASE + '[child]\nlike = "base"\ndrop = ["up", "{p}embed"]\n'
+    family = declared(tmp_path, text)
+    assert [line.stem for line in family["child"].lines["layer"]] == ["norm"]
+    assert not family["child"].lines["top"] and len(family["base"].lines["top"]) == 1
+    with pytest.raises(FamilyError, match="has no line 'down'"):
+        declared(tmp_path, BASE + '[child]\nlike = "base"\ndrop = ["down"]\n')
+
+
+def test_sets_of_optional_lines_are_read(tmp_path):
+    text = BASE + 'layer."a?pair" = "x1 -> a"\nlayer."b?pair" = "a -> res"\nop.odd_thing = "opaque a up"\n'
+    family = declared(tmp_path, text)["base"]
+    assert [(line.stem, line.required, line.group) for line in family.lines["layer"]][-2:] == [
+        ("a", False, "pair"),
+        ("b", False, "pair"),
+    ]
+    assert family.operations[-1].inputs == ("a", "up") and family.operations[-1].name == "odd_thing"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -49,6 +68,8 @@ def test_a_child_does_not_inherit_model_types(tmp_path):
         ('spaces.q = "g-r"\n', "expected axis names"),
         ('tied = { head = "lm_head" }\n', "expected head, embedding and default"),
         ('like = "nobody"\n', "names no earlier family"),
+        ('op.a = "opaque"\n', "expected an operation"),
+        ('stacks.other = { path = "x", count = "n" }\n', "expected path"),
     ],
 )
 def test_a_mistake_is_named_with_its_place(tmp_path, more, words):

@@ -41,7 +41,9 @@ def _families() -> Listing:
     for family in families():
         gains = sorted({line.gain for lines in family.lines.values() for line in lines if line.kind == "norm"})
         operations = [
-            " ".join((o.kind, *o.inputs, *(("->", *o.outputs) if o.outputs else ()))) for o in family.operations
+            " ".join((o.kind, *o.inputs, *(("->", *o.outputs) if o.outputs else ())))
+            for o in family.operations
+            if o.kind != "opaque"
         ]
         rows.append((family.name, ", ".join(family.model_types), family.rope, " ".join(gains), "; ".join(operations)))
     return ("family", "model_type", "rope", "norm gain", "scales move through"), rows

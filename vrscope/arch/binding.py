@@ -81,7 +81,7 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
         hint = f" ({near[0]!r} is a different one)" if near else ""
         message = (
             f"config.json: model_type {kind!r} is not a declared architecture{hint}, so it is not rescaled. "
-            f"Declared: {', '.join(names)}. `vrscope analyze` and `measure` work without a family."
+            "`vrscope list families` names those that are; `vrscope analyze` and `measure` work without one."
         )
         raise FamilyError(message)
     for family in fitting:

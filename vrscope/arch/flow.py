@@ -9,6 +9,7 @@ one of an optional set in `?set`. Before the arrow stands nothing (a matrix), `e
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Mapping
@@ -199,7 +200,7 @@ def read_families(path: Path) -> tuple[Family, ...]:
 
 
 def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    table = dict(tables[name])
+    table: dict[str, Any] = copy.deepcopy(tables[name])
     parent = table.pop("like", None)
     if parent is None:
         return table
@@ -208,15 +209,27 @@ def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -
         raise FamilyError(message)
     base = _inherit(parent, tables, (*seen, name))
     base.pop("model_types", None)
+    for stem in table.pop("drop", []):
+        holders = [lines for lines in base.values() if isinstance(lines, dict) and _spelled(lines, stem)]
+        if not holders:
+            message = f"[{name}].drop: {parent!r} has no line {stem!r}."
+            raise FamilyError(message)
+        for lines in holders:
+            for key in _spelled(lines, stem):
+                del lines[key]
     return _merge(base, table)
+
+
+def _spelled(lines: Mapping[str, Any], stem: str) -> list[str]:
+    """Return the keys that declare a stem: `stem`, `stem?` or `stem?set`."""
+    return [key for key in lines if key.partition("?")[0] == stem]
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with the entries of `over`: `stem` replaces `stem?` and the reverse; "" or {} removes an entry."""
     merged = dict(base)
     for key, value in over.items():
-        stem = key.partition("?")[0]
-        twins = [old for old in merged if old.partition("?")[0] == stem]
+        twins = _spelled(merged, key.partition("?")[0])
         if value and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
             merged[key] = _merge(merged[key], value)
             continue
@@ -231,7 +244,9 @@ def _family(name: str, table: Mapping[str, Any], prelude: Mapping[str, Any]) -> 
     scopes = {TOP, *table.get("stacks", {})}
     unknown = sorted(set(table) - set(DEFAULTS) - scopes)
     if unknown:
-        message = f"[{name}]: unknown key {unknown[0]!r}. Known: {', '.join([*DEFAULTS, *sorted(scopes), 'like'])}."
+        message = (
+            f"[{name}]: unknown key {unknown[0]!r}. Known: {', '.join([*DEFAULTS, *sorted(scopes), 'like', 'drop'])}."
+        )
         raise FamilyError(message)
     get = dict(DEFAULTS) | dict(table)
     spaces = dict(prelude.get("spaces", {})) | get["spaces"]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.flow import TOP, Family, Line, Operation, space_axes, space_templates
 from vrscope.arch.layout import Layout, choose, leaves, length, positions
-from vrscope.arch.match import Claimed, Match
+from vrscope.arch.match import Claimed, Indices, Match
 from vrscope.checkpoint.source import TensorInfo
 from vrscope.errors import FamilyError
 
@@ -31,7 +31,7 @@ class Node:
 
     line: Line
     scope: Scope
-    indices: tuple[tuple[str, int], ...]
+    indices: Indices
     weight: TensorInfo
     bias: TensorInfo | None
     reads: Layout | None
@@ -123,6 +123,7 @@ class _Builder:
             for names in space_templates(line)
             for name in names
         }
+        self.names: dict[tuple[str, Scope, Indices], str] = {}
         self.axes: dict[str, tuple[str, ...]] = {}
         self.rigid: set[str] = set()
         self.top: dict[str, int] = {}
@@ -168,8 +169,14 @@ class _Builder:
     def _sizes(self, scope: Scope) -> ChainMap[str, int]:
         return ChainMap(self.local.setdefault(scope, {}), self.top) if scope[0] != TOP else ChainMap(self.top)
 
-    def name(self, template: str, scope: Scope, indices: tuple[tuple[str, int], ...]) -> str:
+    def name(self, template: str, scope: Scope, indices: Indices) -> str:
         """Return the unique name of a space in one layer, and note its axes."""
+        at = (template, scope, indices if "{" in template else ())
+        if at not in self.names:
+            self.names[at] = self._name(*at)
+        return self.names[at]
+
+    def _name(self, template: str, scope: Scope, indices: Indices) -> str:
         shared = re.sub(r"\{[^}]*\}", "{}", template) in self.shared or "{i" in template
         text = template
         for place, number in indices:
