@@ -39,9 +39,10 @@ def rescaled(folder, out, method="random", **options):
     return apply_plan(checkpoint, binding, plan, out, force=False, progress=silent)
 
 
-def test_every_family_has_a_tiny_model(tmp_path):
-    tested = {bind(open_checkpoint(save_tiny(case, tmp_path / case))).family for case in MODELS}
-    assert tested == {family.name for family in families()}
+def test_every_family_and_every_model_type_has_a_tiny_model(tmp_path):
+    checkpoints = [open_checkpoint(save_tiny(case, tmp_path / case)) for case in MODELS]
+    tested = {(bind(checkpoint).family, checkpoint.config["model_type"]) for checkpoint in checkpoints}
+    assert tested == {(family.name, kind) for family in families() for kind in family.model_types}
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -62,7 +63,10 @@ def test_powers_of_two_leave_the_logits_bit_equal(case, tmp_path):
 
 
 @pytest.mark.parametrize("setting", METHOD_SETTINGS)
-@pytest.mark.parametrize("case", ["llama", "mixtral", "gpt2", "opt", "bert", "gemma3"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "mixtral", "gpt2", "opt", "bert", "gemma3", "granitemoe", "deepseek_v3", "whisper", "jamba"],
+)
 def test_every_method_is_bit_equal(case, setting, tmp_path):
     folder = save_tiny(case, tmp_path / "model")
     method, options = METHOD_SETTINGS[setting]

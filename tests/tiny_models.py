@@ -179,6 +179,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "smollm3": ("SmolLM3Config", GQA | {"no_rope_layers": [1, 0]}, "SmolLM3ForCausalLM"),
     "seed_oss": ("SeedOssConfig", GQA | {"attention_bias": True}, "SeedOssForCausalLM"),
     "internlm3": ("InternLM3Config", GQA | {"attention_bias": True, "mlp_bias": True}, "LlamaForCausalLM"),
+    "iquestcoder": ("IQuestCoderConfig", GQA, "LlamaForCausalLM"),
     "granite_swa": ("GraniteSWAConfig", GQA, "GraniteSWAForCausalLM"),
     "jais2": ("Jais2Config", GQA, "Jais2ForCausalLM"),
     "vaultgemma": ("VaultGemmaConfig", GQA | {"query_pre_attn_scalar": 16}, "VaultGemmaForCausalLM"),
