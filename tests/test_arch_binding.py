@@ -1,6 +1,8 @@
 """Binding: spaces as the symmetry rules demand, and refusals that name the tensor."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +15,14 @@ from vrscope.arch.binding import bind, families
 from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import CheckpointError, FamilyError
+
+# Tensors that some files lack, and that no scale depends on.
+OPTIONAL = {
+    **dict.fromkeys(["gemma3-multimodal", "mistral3", "qwen2_vl", "qwen2_5_vl"], "vision_tower|multi_modal|visual"),
+    "granite_swa": "sinks",
+    **dict.fromkeys(["t5", "t5-gated", "mt5", "umt5"], "relative_attention_bias"),
+    "apertus": r"act_fn\.(beta|eps)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +160,55 @@ def test_every_tensor_has_a_role_and_every_index_fits(case, tmp_path):
             assert term.index.max() < space.size and term.index.min() >= -1
 
 
+def test_a_layer_with_a_dense_and_an_expert_mlp_is_refused(tmp_path):
+    folder = save_tiny("qwen3_moe", tmp_path / "m")
+    dense = [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+
+    def both(tensors):
+        tensors.update({f"model.layers.1.{name}": tensors[f"model.layers.0.{name}"].clone() for name in dense})
+
+    with pytest.raises(FamilyError, match=r"one of mlp\.gate_proj, mlp\.gate, found several"):
+        bind(open_checkpoint(edited(folder, tmp_path / "both", both)))
+
+    def neither(tensors):
+        for name in dense:
+            del tensors[f"model.layers.0.{name}"]
+
+    with pytest.raises(FamilyError, match="found none"):
+        bind(open_checkpoint(edited(folder, tmp_path / "neither", neither)))
+
+
+@pytest.mark.parametrize(("case", "free"), [("gpt_neox", 14), ("stablelm", 14), ("glm", 12), ("phi", 12), ("llama", 8)])
+def test_a_config_silent_on_the_rotated_share_means_the_default_of_its_class(case, free, tmp_path):
+    """Quarter, quarter, half, half and all of 16 channels are rotated in pairs."""
+    folder = save_tiny(case, tmp_path / "m")
+    spaces = spaces_of(edited(folder, tmp_path / "silent", rope_parameters=None, partial_rotary_factor=None))
+    assert {space.shape[-1] for space in spaces.values() if space.rule == "q.k"} == {free}
+
+
+def test_latent_attention_has_three_kinds_of_scales(tmp_path):
+    spaces = spaces_of(save_tiny("deepseek_v3", tmp_path / "m"))
+    layer = "model.layers.0:"
+    assert spaces[layer + "qn"].shape == (4, 16)  # per head and channel: not rotated
+    assert spaces[layer + "qr"].shape == (4,)  # the rotated key is one for all heads
+    assert spaces[layer + "v"].shape == (4, 12)
+    rows = next(t for t in spaces[layer + "qr"].terms if t.tensor.endswith("q_b_proj.weight")).index.reshape(4, 24)
+    assert (rows[:, :16] == -1).all() and rows[:, 16:].tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 4
+    latent = {term.tensor.rsplit(".", 2)[-2] for term in spaces[layer + "xc"].terms}
+    assert latent == {"kv_a_layernorm", "kv_b_proj"}
+
+
+def test_every_cross_attention_follows_the_encoder(tmp_path):
+    readers = {term.tensor for term in spaces_of(save_tiny("whisper", tmp_path / "m"))["mem"].terms if term.power < 0}
+    assert readers == {f"model.decoder.layers.{n}.encoder_attn.{kv}_proj.weight" for n in range(3) for kv in "kv"}
+
+
+def test_what_a_clamp_or_an_unknown_function_touches_is_named(tmp_path):
+    rigid = dict(bind(open_checkpoint(save_tiny("gpt_oss", tmp_path / "m"))).rigid)
+    assert rigid["model.layers.0:eup"] == "at the clamped gate, which no scale passes through"
+    assert rigid["res"].startswith("the residual stream")
+
+
 def drop(name):
     return lambda tensors: tensors.pop(name)
 
@@ -179,6 +238,32 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, llama, change, wo
         bind(open_checkpoint(folder))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HEADS = r"lm_head|embed_out|proj_out|vocab_|pooler|classifier|cls\."
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_missing_tensor_is_refused_by_every_family(case, tmp_path):
+    """Every weight of the body in turn: a declaration that does not miss it could be of another architecture."""
+    checkpoint = open_checkpoint(save_tiny(case, tmp_path / "m"))
+    for name in checkpoint.tensors:
+        if name.endswith("bias") or re.search(HEADS, name) or re.search(OPTIONAL.get(case, "^$"), name):
+            continue
+        if re.search(r"\.experts\.[0-2]\.", name) or re.search(r"layers?\.[1-9]\.(?!.*(attn|mamba))", name):
+            continue  # enough of them
+        kept = {other: info for other, info in checkpoint.tensors.items() if other != name}
+        with pytest.raises(FamilyError):
+            bind(dataclasses.replace(checkpoint, tensors=kept))
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_stray_tensor_is_refused_by_every_family(case, tmp_path):
+    checkpoint = open_checkpoint(save_tiny(case, tmp_path / "m"))
+    first = next(iter(checkpoint.tensors.values()))
+    stray = dataclasses.replace(first, name="model.layers.0.mlp.extra_proj.weight")
+    with pytest.raises(FamilyError, match="extra_proj"):
+        bind(dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, stray.name: stray}))
 
 
 def test_missing_expert_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from vrscope.arch.binding import families, find_family
 from vrscope.arch.flow import read_families
+from vrscope.arch.graph import values_of
 from vrscope.errors import FamilyError
 
 BASE = """
@@ -34,6 +35,25 @@ def test_a_child_does_not_inherit_model_types(tmp_path):
     assert declared(tmp_path, BASE + '[child]\nlike = "base"\n')["child"].model_types == ()
 
 
+def test_drop_removes_lines_and_refuses_to_miss(tmp_path):
+    text = BASE + '[child]\nlike = "base"\ndrop = ["up", "{p}embed"]\n'
+    family = declared(tmp_path, text)
+    assert [line.stem for line in family["child"].lines["layer"]] == ["norm"]
+    assert not family["child"].lines["top"] and len(family["base"].lines["top"]) == 1
+    with pytest.raises(FamilyError, match="has no line 'down'"):
+        declared(tmp_path, BASE + '[child]\nlike = "base"\ndrop = ["down"]\n')
+
+
+def test_sets_of_optional_lines_are_read(tmp_path):
+    text = BASE + 'layer."a?pair" = "x1 -> a"\nlayer."b?pair" = "a -> res"\nop.odd_thing = "opaque a up"\n'
+    family = declared(tmp_path, text)["base"]
+    assert [(line.stem, line.required, line.group) for line in family.lines["layer"]][-2:] == [
+        ("a", False, "pair"),
+        ("b", False, "pair"),
+    ]
+    assert family.operations[-1].inputs == ("a", "up") and family.operations[-1].name == "odd_thing"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -48,6 +68,8 @@ def test_a_child_does_not_inherit_model_types(tmp_path):
         ('spaces.q = "g-r"\n', "expected axis names"),
         ('tied = { head = "lm_head" }\n', "expected head, embedding and default"),
         ('like = "nobody"\n', "names no earlier family"),
+        ('op.a = "opaque"\n', "expected an operation"),
+        ('stacks.other = { path = "x", count = "n" }\n', "expected path"),
     ],
 )
 def test_a_mistake_is_named_with_its_place(tmp_path, more, words):
@@ -72,9 +94,7 @@ def test_every_shipped_family_is_reached_by_its_own_model_types():
     ("config", "words"),
     [
         ({}, "expected a model_type"),
-        ({"model_type": "helium"}, "not a declared architecture"),  # llama's names, interleaved RoPE
-        ({"model_type": "ernie4_5"}, "not a declared architecture"),
-        ({"model_type": "arcee"}, "not a declared architecture"),  # llama's names, no gate
+        ({"model_type": "cohere2_moe"}, "not a declared architecture"),  # claimed by qwen2_moe's names, parallel
         ({"model_type": "nanochat"}, "not a declared architecture"),  # norms without weights
         ({"model_type": "lama"}, "'llama' is a different one"),
         ({"model_type": ["llama"]}, "expected a model_type"),
@@ -84,6 +104,56 @@ def test_unknown_architectures_are_refused_never_guessed(config, words):
     with pytest.raises(FamilyError) as caught:
         find_family(config)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"model_type": "olmo", "clip_qkv": 8.0}, "clip_qkv"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv"),
+        ({"model_type": "mpt", "attn_config": {"clip_qkv": 6}}, "attn_config.clip_qkv"),
+        (
+            {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+            "apply_residual_connection_post_layernorm",
+        ),
+    ],
+)
+def test_settings_that_change_the_function_are_refused(config, key):
+    with pytest.raises(FamilyError, match="Not rescaled") as caught:
+        find_family(config)
+    assert f"{key} = " in str(caught.value)
+    unset = {"model_type": config["model_type"], "clip_qkv": None, "attn_config": {"clip_qkv": None}}
+    assert find_family(unset).name == config["model_type"]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "falcon"}, "falcon_mqa"),
+        ({"model_type": "falcon", "new_decoder_architecture": True, "multi_query": True}, "falcon"),
+        ({"model_type": "falcon", "multi_query": False}, "falcon_mha"),
+        ({"model_type": "gpt_bigcode"}, "gpt_bigcode"),
+        ({"model_type": "gpt_bigcode", "multi_query": False}, "gpt_bigcode_mha"),
+        ({"model_type": "deepseek_v3"}, "deepseek_v3"),
+        ({"model_type": "deepseek_v3", "rope_interleave": False}, "deepseek_v3_half"),
+    ],
+)
+def test_a_silent_config_counts_as_the_default(config, name):
+    assert find_family(config).name == name
+
+
+def test_defaults_are_those_of_the_config_classes():
+    """What a config.json leaves out is what transformers would fill in: tied heads and the rotated share."""
+    from transformers import AutoConfig
+
+    for family in families():
+        for model_type in family.model_types:
+            config = AutoConfig.for_model(model_type)
+            if family.tied is not None:
+                assert family.tied[2] >= bool(config.tie_word_embeddings), model_type
+            rope = getattr(config, "rope_parameters", None) or {}
+            if family.rope != "none" and "partial_rotary_factor" in rope:
+                assert next(values_of(family.rotary, {}, {"d": 64})) == rope["partial_rotary_factor"], model_type
 
 
 def test_variants_of_one_model_type_are_told_apart_by_config():

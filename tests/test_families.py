@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS, outputs, save_tiny
+from tiny_models import MODELS, inputs, outputs, save_tiny
 
 from vrscope.arch.binding import bind, families
 from vrscope.arch.spaces import Space, Term
@@ -39,9 +39,10 @@ def rescaled(folder, out, method="random", **options):
     return apply_plan(checkpoint, binding, plan, out, force=False, progress=silent)
 
 
-def test_every_family_has_a_tiny_model(tmp_path):
-    tested = {bind(open_checkpoint(save_tiny(case, tmp_path / case))).family for case in MODELS}
-    assert tested == {family.name for family in families()}
+def test_every_family_and_every_model_type_has_a_tiny_model(tmp_path):
+    checkpoints = [open_checkpoint(save_tiny(case, tmp_path / case)) for case in MODELS]
+    tested = {(bind(checkpoint).family, checkpoint.config["model_type"]) for checkpoint in checkpoints}
+    assert tested == {(family.name, kind) for family in families() for kind in family.model_types}
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -62,7 +63,10 @@ def test_powers_of_two_leave_the_logits_bit_equal(case, tmp_path):
 
 
 @pytest.mark.parametrize("setting", METHOD_SETTINGS)
-@pytest.mark.parametrize("case", ["llama", "mixtral", "gpt2", "opt", "bert", "gemma3"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "mixtral", "gpt2", "opt", "bert", "gemma3", "granitemoe", "deepseek_v3", "whisper", "jamba"],
+)
 def test_every_method_is_bit_equal(case, setting, tmp_path):
     folder = save_tiny(case, tmp_path / "model")
     method, options = METHOD_SETTINGS[setting]
@@ -98,9 +102,8 @@ def outputs64(folder, case):
     model = getattr(transformers, MODELS[case][2]).from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
-    tokens = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(7))
     with torch.no_grad(), Float64Casts():
-        found = model.eval()(input_ids=tokens)
+        found = model.eval()(**inputs(model, torch.float64))
     return found.last_hidden_state if getattr(found, "logits", None) is None else found.logits
 
 
@@ -148,6 +151,51 @@ def per_query_head(term: Term) -> Term:
     return dataclasses.replace(term, index=shifted % (term.index.max() + 1))
 
 
+def halves(term: Term) -> Term:
+    """The other way round: channels j and j + 8 share where 2j and 2j+1 should."""
+    heads = term.index.reshape(-1, 16)
+    return dataclasses.replace(term, index=np.tile(heads[:, ::2], 2).reshape(term.index.shape))
+
+
+def fully_rotated(term: Term) -> Term:
+    """Partners half a head apart although only the first quarter of a head is rotated."""
+    heads = term.index.reshape(-1, 16)
+    return dataclasses.replace(
+        term, index=(heads.min(axis=1, keepdims=True) + np.tile(np.arange(8), 2)).reshape(term.index.shape)
+    )
+
+
+def concatenated(term: Term) -> Term:
+    """A fused q, k, v whose rows are read as three blocks instead of head by head."""
+    if "query_key_value" not in term.tensor:
+        return term
+    rows = term.index.reshape(4, 3, 16).transpose(1, 0, 2)
+    return dataclasses.replace(term, index=rows.reshape(term.index.shape))
+
+
+def interleaved(term: Term) -> Term:
+    """Stacked gate and up rows read as taking turns instead of one after the other."""
+    if "input_linear" not in term.tensor:
+        return term
+    experts, rows, _ = term.index.shape
+    turns = term.index.reshape(experts, 2, rows // 2).transpose(0, 2, 1)
+    return dataclasses.replace(term, index=turns.reshape(term.index.shape))
+
+
+def degree_one(term: Term) -> Term:
+    return dataclasses.replace(term, power=-1) if term.power == -2 else term
+
+
+def shifted_heads(term: Term) -> Term:
+    """A scale per head for the rotated part of a key that all heads share: only the first head matches it."""
+    if "q_b_proj" not in term.tensor:
+        return term
+    used = term.index.reshape(4, -1)
+    return dataclasses.replace(
+        term, index=np.where(used >= 0, (used + np.arange(4)[:, None]) % 4, -1).reshape(term.index.shape)
+    )
+
+
 TWINS = {
     "RoPE tie omitted": ("llama", "q.k", unpaired),
     "RoPE pair layout wrong": ("llama", "q.k", neighbours),
@@ -160,6 +208,24 @@ TWINS = {
     "router forgotten": ("mixtral", "norm fold", without("block_sparse_moe.gate")),
     "bias of fc1 forgotten": ("opt", "fc1.fc2", without("fc1.bias")),
     "bias of a layer norm forgotten": ("gpt2", "norm fold", without("ln_1.bias")),
+    "interleaved RoPE read as half": ("cohere", "q.k", halves),
+    "half RoPE read as interleaved": ("ministral", "q.k", neighbours),
+    "partial rotation taken for a full one": ("stablelm", "q.k", fully_rotated),
+    "fused q, k, v read as blocks": ("gpt_neox", "v.o", concatenated),
+    "fused experts read as interleaved": ("granitemoe", "up.down", interleaved),
+    "gate of the shared expert forgotten": ("qwen2_moe", "norm fold", without("shared_expert_gate")),
+    "shared expert forgotten": ("qwen2_moe", "norm fold", without("shared_expert.up_proj")),
+    "fused router forgotten": ("granitemoe", "norm fold", without("router.layer")),
+    "parallel MLP forgotten": ("phi", "norm fold", without("mlp.fc1.weight")),
+    "squared ReLU taken for a ReLU": ("arcee", "fc1.fc2", degree_one),
+    "norm of one head forgotten": ("stablelm-qknorm", "q.k gains", without("q_layernorm.norms.3")),
+    "rotated key scaled per head": ("deepseek_v3", "q.k", shifted_heads),
+    "norm of the latent forgotten": ("deepseek_v3", "norm fold", without("kv_a_layernorm")),
+    "one cross attention forgotten": ("t5", "norm fold", without("decoder.block.1.layer.1.EncDecAttention.k")),
+    "bias of a cross value forgotten": ("whisper", "v.o", without("encoder_attn.v_proj.bias")),
+    "convolution forgotten": ("mamba2", "linear", without("conv1d.weight")),
+    "state gain forgotten": ("jamba", "q.k gains", without("c_layernorm")),
+    "rows before a convolution forgotten": ("qwen3_next", "linear", without("in_proj_qkvz")),
     "bias of query forgotten": ("bert", "q.k", without("query.bias")),  # that of the key cancels in the softmax
 }
 

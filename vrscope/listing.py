@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vrscope.errors import UnknownNameError
 
 if TYPE_CHECKING:
+    from vrscope.arch.flow import Family, Operation
     from vrscope.quant.formats import ScaleScope
 
 Listing = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
@@ -35,16 +36,26 @@ def listing(kind: str) -> Listing:
 
 
 def _families() -> Listing:
+    """Return one row per kind of rescale: families that differ in names alone share it."""
     from vrscope.arch.binding import families
 
-    rows = []
+    rows: dict[tuple[str, str, str], list[Family]] = {}
     for family in families():
         gains = sorted({line.gain for lines in family.lines.values() for line in lines if line.kind == "norm"})
-        operations = [
-            " ".join((o.kind, *o.inputs, *(("->", *o.outputs) if o.outputs else ()))) for o in family.operations
-        ]
-        rows.append((family.name, ", ".join(family.model_types), family.rope, " ".join(gains), "; ".join(operations)))
-    return ("family", "model_type", "rope", "norm gain", "scales move through"), rows
+        through = {_operation(operation) for operation in family.operations} - {""}
+        through |= {"conv" for lines in family.lines.values() for line in lines if line.kind == "conv"}
+        rows.setdefault((family.rope, " ".join(gains) or "none", "; ".join(sorted(through))), []).append(family)
+    return ("model_type", "rope", "norm gain", "scales move through"), [
+        (", ".join(dict.fromkeys(name for family in alike for name in family.model_types)), *kind)
+        for kind, alike in rows.items()
+    ]
+
+
+def _operation(operation: Operation) -> str:
+    if operation.kind == "opaque":
+        return ""
+    spaces = " ".join((*operation.inputs, *(("->", *operation.outputs) if operation.outputs else ())))
+    return f"{operation.kind} {spaces.replace('{x}', '')}"
 
 
 def _formats() -> Listing:

@@ -92,7 +92,7 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
         hint = f" ({near[0]!r} is a different one)" if near else ""
         message = (
             f"config.json: model_type {kind!r} is not a declared architecture{hint}, so it is not rescaled. "
-            f"Declared: {', '.join(names)}. `vrscope analyze` and `measure` work without a family."
+            "`vrscope list families` names those that are; `vrscope analyze` and `measure` work without one."
         )
         raise FamilyError(message)
     for family in fitting:
@@ -100,8 +100,9 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
         said = {key: family.unless_said.get(key) if value is None else value for key, value in values.items()}
         if all(said[key] == family.when[key] for key in said):
             for key, reason in family.refuse.items():
-                if config_value(config, key) not in {None, False}:
-                    message = f"config.json: {key} = {config_value(config, key)!r}: {reason} Not rescaled."
+                value = config_value(config, key)
+                if value is not None and value is not False:
+                    message = f"config.json: {key} = {value!r}: {reason} Not rescaled."
                     raise FamilyError(message)
             return family
     message = f"config.json: model_type {kind!r} is declared, but not with {fitting[0].when}. Not rescaled."
@@ -125,17 +126,18 @@ def bind(checkpoint: Checkpoint, declared: tuple[Family, ...] | None = None) -> 
         )
         raise CheckpointError(message)
     family = find_family(checkpoint.config, declared)
+    config = own_config(family, checkpoint.config)
     counts = {}
     for scope, stack in family.stacks.items():
-        count = size_of(stack.count, checkpoint.config, {})
+        count = size_of(stack.count, config, {})
         if count is None:
             message = f"config.json: expected the number of layers as {stack.count}, found none. Not rescaled."
             raise FamilyError(message)
         counts[scope] = count
     found = match(family, checkpoint.tensors, counts)
-    graph = build_graph(family, found, checkpoint.config)
+    graph = build_graph(family, found, config)
     tied = _tied(family, checkpoint)
-    spaces, rigid = derive(graph, checkpoint.config, tied)
+    spaces, rigid = derive(graph, config, tied)
     spaces.sort(key=lambda space: (space.layer is None, space.layer or 0))
     roles = {role.tensor: role for node in graph.nodes for role in _roles(graph, node, found.prefix)}
     for name in found.ignored:
@@ -143,19 +145,28 @@ def bind(checkpoint: Checkpoint, declared: tuple[Family, ...] | None = None) -> 
     return Binding(family.name, {name: roles[name] for name in checkpoint.tensors}, tuple(spaces), tuple(rigid), tied)
 
 
+def own_config(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a configuration that describes the declared model; older ones do not nest it."""
+    own = config.get(family.inside) if family.inside else None
+    return own if isinstance(own, Mapping) else config
+
+
 def _tied(family: Family, checkpoint: Checkpoint) -> bool:
     """Return whether head and embedding are one; a config that says so is believed, as runtimes may ignore the head."""
     if family.tied is None:
         return False
     head, _, default = family.tied
-    said = checkpoint.config.get("tie_word_embeddings")
-    if said is None:
-        said = default
-    return bool(said) or f"{head}.weight" not in checkpoint.tensors
+    said = [config.get("tie_word_embeddings") for config in (checkpoint.config, own_config(family, checkpoint.config))]
+    return (
+        next((bool(value) for value in said if value is not None), default)
+        or f"{head}.weight" not in checkpoint.tensors
+    )
 
 
 def _roles(graph: Graph, node: Node, prefix: str) -> Iterator[TensorRole]:
     role = node.line.stem.replace("{p}", "").replace(".{x}", "").replace(".{h}", "").replace(".{g}", "")
+    if len(graph.family.stacks) > 1 and node.scope[0] != TOP:
+        role = f"{node.scope[0]}.{role}"
     kind = _KINDS[node.line.kind]
     if graph.family.tied is not None and node.line.stem == graph.family.tied[0]:
         kind = HEAD

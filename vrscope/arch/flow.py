@@ -1,13 +1,15 @@
 """The declaration of an architecture: one line per tensor saying what it reads and writes, one per operation.
 
 `families.toml` holds the declarations; this module reads them strictly (an unknown key is an error) and knows nothing
-of any family or checkpoint. A tensor line is `stem = "reads -> writes"`; the stem of an optional tensor ends in `?`.
-Before the arrow stands nothing (a matrix), `embed`, `norm[axes]` or `conv`; the word `fixed` alone means that no scale
-ever touches the tensor. Operations without weights are `dot`, `pass`, `gated`, `act` and `add`.
+of any family or checkpoint. A tensor line is `stem = "reads -> writes"`; the stem of an optional tensor ends in `?`,
+one of an optional set in `?set`. Before the arrow stands nothing (a matrix), `embed`, `norm[axes]` or `conv`; the word
+`fixed` alone means that no scale ever touches the tensor. Operations without weights are `dot`, `pass`, `gated`, `act`,
+`add` and, for everything no scale passes through, `opaque`.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ else:  # the same parser, before it joined the standard library
 
 TOP = "top"  # the scope of lines that stand outside every stack of layers
 OPERATIONS = {"dot": (2, 0), "pass": (1, 1), "gated": (2, 1), "act": (1, 1), "add": (1, 1)}  # inputs, outputs
+OPAQUE = "opaque"  # any number of both
 PLACEHOLDERS = ("i", "x", "h", "g")
 _LINE = re.compile(r"(?:(?P<kind>embed|norm|conv)(?:\[(?P<axes>[^\]]*)\])?\s+)?(?P<reads>.+?)\s*->\s*(?P<writes>.+)")
 
@@ -43,8 +46,10 @@ class Line:
         Layouts of the input and output dimension; None for "fixed".
     required
         Whether every layer (or, outside the layers, the file) must have it.
+    group
+        Name of the set of optional lines it belongs to, which a layer has all or none of; "" = none.
     dims
-        What each stored dimension of the weight is.
+        What each stored dimension of the weight is; a word that stands twice spreads over both dimensions.
     bias
         "none", "optional" or "required".
     gain
@@ -60,6 +65,7 @@ class Line:
     reads: Layout | None
     writes: Layout | None
     required: bool
+    group: str
     dims: tuple[str, ...]
     bias: str
     gain: str
@@ -69,8 +75,9 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """An operation without weights: its kind, input spaces, output space and RoPE axis (None = no rotation)."""
+    """An operation without weights: name, kind, input spaces, output spaces and RoPE axis (None = no rotation)."""
 
+    name: str
     kind: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -79,10 +86,11 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A stack of layers: the path of one layer, and the configuration key that counts them."""
+    """A stack of layers: the path of one layer, the configuration key that counts them, and axis sizes of its own."""
 
     path: str
     count: str
+    sizes: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +119,21 @@ class Family:
     sizes
         Axis to the expression that gives its size from the configuration.
     rope
-        Pair layout: "half", "interleaved" or "none"; `rotary` are the keys of the rotated share of the head.
+        Pair layout: "half", "interleaved" or "none"; `rotary` is the expression of the rotated share of the head.
     act
-        Configuration key of the activation.
+        Configuration key of the activation; alternatives are parted by `|`, one in quotes is the name itself.
     tied
         Head stem, embedding stem, and whether they are tied when the configuration is silent; None = never tied.
+    one_of
+        Sets of lines of which every layer that can have them has exactly one.
     refuse
         Configuration keys that make the declaration invalid when set, with the reason.
     ignore
         Buffers that may lie in the file and that no scale touches.
+    inside
+        Key under which a configuration nests that of the declared model, "" = it does not.
+    aside
+        Beginnings of the names of whole parts, such as a vision tower, that only write into the residual stream.
     """
 
     name: str
@@ -133,11 +147,14 @@ class Family:
     spaces: Mapping[str, tuple[tuple[str, ...], bool]]
     sizes: Mapping[str, str]
     rope: str
-    rotary: tuple[str, ...]
+    rotary: str
     act: str | None
     tied: tuple[str, str, bool] | None
+    one_of: tuple[tuple[str, ...], ...]
     refuse: Mapping[str, str]
     ignore: tuple[str, ...]
+    inside: str
+    aside: tuple[str, ...]
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -150,11 +167,14 @@ DEFAULTS: Mapping[str, Any] = {
     "spaces": {},
     "sizes": {},
     "rope": "none",
-    "rotary": [],
+    "rotary": "",
     "act": "",
     "tied": {},
+    "one_of": [],
     "refuse": {},
     "ignore": [],
+    "inside": "",
+    "aside": [],
     "dims": "out in",
     "bias": "optional",
     "norm_bias": "none",
@@ -203,7 +223,7 @@ def _tables(path: Path) -> dict[str, Any]:
 
 
 def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    table = dict(tables[name])
+    table: dict[str, Any] = copy.deepcopy(tables[name])
     parent = table.pop("like", None)
     if parent is None:
         return table
@@ -212,20 +232,33 @@ def _inherit(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -
         raise FamilyError(message)
     base = _inherit(parent, tables, (*seen, name))
     base.pop("model_types", None)
+    for stem in table.pop("drop", []):
+        holders = [lines for lines in base.values() if isinstance(lines, dict) and _spelled(lines, stem)]
+        if not holders:
+            message = f"[{name}].drop: {parent!r} has no line {stem!r}."
+            raise FamilyError(message)
+        for lines in holders:
+            for key in _spelled(lines, stem):
+                del lines[key]
     return _merge(base, table)
 
 
+def _spelled(lines: Mapping[str, Any], stem: str) -> list[str]:
+    """Return the keys that declare a stem: `stem`, `stem?` or `stem?set`."""
+    return [key for key in lines if key.partition("?")[0] == stem]
+
+
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the entries of `over`; `stem` replaces `stem?` and the reverse, and "" removes a line."""
+    """Return `base` with the entries of `over`: `stem` replaces `stem?` and the reverse; "" or {} removes an entry."""
     merged = dict(base)
     for key, value in over.items():
-        twin = key[:-1] if key.endswith("?") else key + "?"
-        merged.pop(twin, None)
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+        twins = _spelled(merged, key.partition("?")[0])
+        if value and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
             merged[key] = _merge(merged[key], value)
-        elif value == "" and key in base | {twin: 0} and (key in base or twin in base):
-            merged.pop(key, None)
-        else:
+            continue
+        for old in twins:
+            del merged[old]
+        if value != "" or not twins:
             merged[key] = value
     return merged
 
@@ -234,7 +267,9 @@ def _family(name: str, table: Mapping[str, Any], prelude: Mapping[str, Any]) -> 
     scopes = {TOP, *table.get("stacks", {})}
     unknown = sorted(set(table) - set(DEFAULTS) - scopes)
     if unknown:
-        message = f"[{name}]: unknown key {unknown[0]!r}. Known: {', '.join([*DEFAULTS, *sorted(scopes), 'like'])}."
+        message = (
+            f"[{name}]: unknown key {unknown[0]!r}. Known: {', '.join([*DEFAULTS, *sorted(scopes), 'like', 'drop'])}."
+        )
         raise FamilyError(message)
     get = dict(DEFAULTS) | dict(table)
     spaces = dict(prelude.get("spaces", {})) | get["spaces"]
@@ -253,23 +288,26 @@ def _family(name: str, table: Mapping[str, Any], prelude: Mapping[str, Any]) -> 
             scope: tuple(_line(f"[{name}].{scope}", stem, value, get) for stem, value in get.get(scope, {}).items())
             for scope in (TOP, *get["stacks"])
         },
-        operations=tuple(_operation(f"[{name}].op.{key}", text) for key, text in get["op"].items()),
+        operations=tuple(_operation(f"[{name}].op.{key}", key, text) for key, text in get["op"].items()),
         spaces={_unnumbered(key): _space(f"[{name}].spaces.{key}", text) for key, text in spaces.items()},
         sizes=dict(prelude.get("sizes", {})) | get["sizes"],
         rope=_one_of(f"[{name}].rope", get["rope"], ("half", "interleaved", "none")),
-        rotary=tuple(get["rotary"] or prelude.get("rotary", [])),
+        rotary=str(get["rotary"] or prelude.get("rotary", "1")),
         act=get["act"] or None,
         tied=(tied["head"], tied["embedding"], bool(tied["default"])) if tied else None,
+        one_of=tuple(tuple(groups) for groups in get["one_of"]),
         refuse=get["refuse"],
         ignore=(*prelude.get("ignore", []), *get["ignore"]),
+        inside=get["inside"],
+        aside=tuple(get["aside"]),
     )
 
 
-def _stack(where: str, table: Mapping[str, str]) -> Stack:
-    if set(table) != {"path", "count"} or "{i}" not in table["path"]:
-        message = f"{where}: expected path (with {{i}} for the layer) and count, found {dict(table)}."
+def _stack(where: str, table: Mapping[str, Any]) -> Stack:
+    if set(table) - {"sizes"} != {"path", "count"} or "{i}" not in table["path"]:
+        message = f"{where}: expected path (with {{i}} for the layer), count and perhaps sizes, found {dict(table)}."
         raise FamilyError(message)
-    return Stack(table["path"], table["count"])
+    return Stack(table["path"], table["count"], table.get("sizes", {}))
 
 
 def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[str, Any]) -> Line:
@@ -277,21 +315,22 @@ def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[
     unknown = set(options) - {"flow", "dims", "bias", "gain", "weight", "shift"}
     flow = str(options.get("flow", ""))
     match = _LINE.fullmatch(flow.strip())
-    stem, where = key.removesuffix("?"), f"{where}.{key!r}"
+    (stem, optional, group), where = key.partition("?"), f"{where}.{key!r}"
     if unknown or (match is None and flow.strip() != "fixed"):
         found = f"unknown option {sorted(unknown)[0]!r}" if unknown else f"{flow!r}"
         message = f"{where}: expected 'reads -> writes', 'fixed' or a table with flow, dims, bias, gain; found {found}."
         raise FamilyError(message)
     kind = "fixed" if match is None else match["kind"] or "linear"
     norm = kind == "norm"
-    dims = {"embed": "in out", "norm": "out", "conv": "out a b"}.get(kind, family["dims"])
+    dims = {"embed": "in out", "norm": "out", "conv": "out single taps"}.get(kind, family["dims"])
     bias = options.get("bias", "optional" if kind == "fixed" else family["norm_bias"] if norm else family["bias"])
     return Line(
         stem=stem,
         kind=kind,
         reads=None if match is None else parse_layout(match["reads"], where),
         writes=None if match is None else parse_layout(match["writes"], where),
-        required=not key.endswith("?"),
+        required=not optional,
+        group=group,
         dims=tuple(str(options.get("dims", dims)).split()),
         bias="none" if kind == "embed" else _one_of(f"{where}.bias", bias, ("none", "optional", "required")),
         gain=_one_of(f"{where}.gain", options.get("gain", family["gain"] if norm else "w"), ("w", "1+w")),
@@ -303,15 +342,16 @@ def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[
     )
 
 
-def _operation(where: str, text: str) -> Operation:
-    words = text.split()
+def _operation(where: str, name: str, text: str) -> Operation:
+    before, _, after = text.partition("->")
+    words = before.split()
     rope = next((word.removeprefix("rope:") for word in words if word.startswith("rope:")), None)
-    kind, *names = [word for word in words if word != "->" and not word.startswith("rope:")] or [""]
-    inputs, outputs = OPERATIONS.get(kind, (-1, -1))
-    if len(names) != inputs + outputs:
+    kind, *inputs = [word for word in words if not word.startswith("rope:")] or [""]
+    outputs = after.split()
+    if OPERATIONS.get(kind) != (len(inputs), len(outputs)) and not (kind == OPAQUE and inputs):
         message = f"{where}: expected an operation such as 'dot q k rope:d' or 'gated gate up -> h', found {text!r}."
         raise FamilyError(message)
-    return Operation(kind, tuple(names[:inputs]), tuple(names[inputs:]), rope)
+    return Operation(name, kind, tuple(inputs), tuple(outputs), rope)
 
 
 def _space(where: str, text: str) -> tuple[tuple[str, ...], bool]:

@@ -6,8 +6,9 @@ decided by what is present, and axis sizes come from the configuration or, where
 
 from __future__ import annotations
 
+import math
 import re
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.flow import TOP, Family, Line, Operation, space_axes, space_templates
 from vrscope.arch.layout import Layout, choose, leaves, length, positions
-from vrscope.arch.match import Claimed, Match
+from vrscope.arch.match import Claimed, Indices, Match
 from vrscope.checkpoint.source import TensorInfo
 from vrscope.errors import FamilyError
 
@@ -30,7 +31,7 @@ class Node:
 
     line: Line
     scope: Scope
-    indices: tuple[tuple[str, int], ...]
+    indices: Indices
     weight: TensorInfo
     bias: TensorInfo | None
     reads: Layout | None
@@ -77,19 +78,27 @@ def config_value(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def size_of(expression: str, config: Mapping[str, Any], known: Mapping[str, int]) -> int | None:
-    """Return the value of a size expression: alternatives parted by `|`, each `a`, `a/b` or `a*b` of keys and axes."""
+def values_of(expression: str, config: Mapping[str, Any], known: Mapping[str, int]) -> Iterator[float]:
+    """Yield the values of an expression: alternatives parted by `|`, each numbers, keys and axes joined by `*+-/`.
+
+    Operators are applied from left to right. An alternative with a key that the configuration lacks is passed over.
+    """
+    join = {"*": float.__mul__, "/": float.__truediv__, "+": float.__add__, "-": float.__sub__}
     for alternative in expression.split("|"):
         value: float | None = None
-        for operator, word in re.findall(r"([*/]?)\s*([\w.]+)", alternative):
-            number = int(word) if word.isdigit() else known.get(word, config_value(config, word))
+        for operator, word in re.findall(r"([*/+-]?)\s*([\w.]+)", alternative):
+            number = float(word) if word[0].isdigit() else known.get(word, config_value(config, word))
             if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
                 value = None
                 break
-            value = number if not operator or value is None else value * number if operator == "*" else value / number
-        if value is not None and value == int(value):
-            return int(value)
-    return None
+            value = float(number) if value is None else join[operator](value, float(number))
+        if value is not None:
+            yield value
+
+
+def size_of(expression: str, config: Mapping[str, Any], known: Mapping[str, int]) -> int | None:
+    """Return the first whole value of a size expression, None if it has none."""
+    return next((int(value) for value in values_of(expression, config, known) if value == int(value)), None)
 
 
 def build_graph(family: Family, found: Match, config: Mapping[str, Any]) -> Graph:
@@ -114,16 +123,18 @@ class _Builder:
             for names in space_templates(line)
             for name in names
         }
+        self.names: dict[tuple[str, Scope, Indices], str] = {}
         self.axes: dict[str, tuple[str, ...]] = {}
         self.rigid: set[str] = set()
         self.top: dict[str, int] = {}
         self.local: dict[Scope, dict[str, int]] = {}
 
     def build(self) -> Graph:
-        for axis, expression in self.family.sizes.items():
-            size = size_of(expression, self.config, self.top)
-            if size is not None:
-                self.top[axis] = size
+        self.top.update(self._configured(self.family.sizes))
+        for name, stack in self.family.stacks.items():
+            own = self._configured({**self.family.sizes, **stack.sizes}) if stack.sizes else {}
+            for layer in range(self.match.layers[name]):
+                self.local[name, layer] = dict(own)
         claims = [claim for claim in self.match.claims if claim.weight is not None]
         nodes = self._resolve(claims)
         edges = tuple(self._edges(nodes, claims))
@@ -140,6 +151,15 @@ class _Builder:
             {scope: self._path(scope) for scope in scopes},
         )
 
+    def _configured(self, expressions: Mapping[str, str]) -> dict[str, int]:
+        """Return the axis sizes that the configuration gives, each from those before it."""
+        sizes: dict[str, int] = {}
+        for axis, expression in expressions.items():
+            size = size_of(expression, self.config, sizes)
+            if size is not None:
+                sizes[axis] = size
+        return sizes
+
     def _path(self, scope: Scope) -> str:
         if scope[0] == TOP:
             return ""
@@ -149,8 +169,14 @@ class _Builder:
     def _sizes(self, scope: Scope) -> ChainMap[str, int]:
         return ChainMap(self.local.setdefault(scope, {}), self.top) if scope[0] != TOP else ChainMap(self.top)
 
-    def name(self, template: str, scope: Scope, indices: tuple[tuple[str, int], ...]) -> str:
+    def name(self, template: str, scope: Scope, indices: Indices) -> str:
         """Return the unique name of a space in one layer, and note its axes."""
+        at = (template, scope, indices if "{" in template else ())
+        if at not in self.names:
+            self.names[at] = self._name(*at)
+        return self.names[at]
+
+    def _name(self, template: str, scope: Scope, indices: Indices) -> str:
         shared = re.sub(r"\{[^}]*\}", "{}", template) in self.shared or "{i" in template
         text = template
         for place, number in indices:
@@ -209,25 +235,30 @@ class _Builder:
     def _edges(self, nodes: tuple[Node, ...], claims: list[Claimed]) -> Iterator[Edge]:
         written = {leaf.names[0] for node in nodes if node.writes is not None for leaf in leaves(node.writes)}
         read = {leaf.names[0] for node in nodes if node.reads is not None for leaf in leaves(node.reads)}
-        seen = set()
+        seen, lacking = set(), dict[str, tuple[str, str]]()
         for claim in claims:
             scope = (claim.scope, claim.layer)
             for operation in self.family.operations:
                 inputs = tuple(self.name(space, scope, claim.indices) for space in operation.inputs)
                 outputs = tuple(self.name(space, scope, claim.indices) for space in operation.outputs)
-                if (operation.kind, inputs) in seen or any("{" in space for space in (*inputs, *outputs)):
+                at = (operation.name, inputs, outputs)
+                if at in seen or any("{" in space for space in (*inputs, *outputs)):
                     continue
                 have = [space in written for space in inputs]
-                if all(have) and (not outputs or any(space in read for space in outputs)):
-                    seen.add((operation.kind, inputs))
+                wanted = [space for space in outputs if space in read]
+                if all(have) and (not outputs or wanted):
+                    seen.add(at)
+                    written.update(outputs)
                     yield Edge(operation, scope, inputs, outputs)
-                elif any(space in read for space in outputs) and not all(have):
-                    lacking = inputs[have.index(False)]
-                    message = (
-                        f"{lacking}: family {self.family.name!r} has no tensor that writes this space, which "
-                        f"'{operation.kind}' needs. The file is of another architecture, so it is not rescaled."
-                    )
-                    raise FamilyError(message)
+                elif not all(have):
+                    lacking |= {space: (inputs[have.index(False)], operation.kind) for space in wanted}
+        for space, (missing, kind) in lacking.items():
+            if space not in written:
+                message = (
+                    f"{missing}: family {self.family.name!r} has no tensor that writes this space, which "
+                    f"'{kind}' needs. The file is of another architecture, so it is not rescaled."
+                )
+                raise FamilyError(message)
 
     def _check_writers(self, nodes: tuple[Node, ...], edges: tuple[Edge, ...]) -> None:
         written = {leaf.names[0] for node in nodes if node.writes is not None for leaf in leaves(node.writes)}
@@ -252,6 +283,7 @@ class _Builder:
             for dim, what in enumerate(node.line.dims[: len(node.weight.shape)]):
                 if what not in {"out", "in"}:
                     sizes[what] = node.weight.shape[dim]
+        self._check_heads(nodes)
         waiting = [(node, *item) for node in nodes for item in _dimensions(node)]
         while waiting:
             later = [item for item in waiting if not self._fits(*item)]
@@ -265,9 +297,21 @@ class _Builder:
                 raise FamilyError(message)
             waiting = later
 
+    def _check_heads(self, nodes: tuple[Node, ...]) -> None:
+        """Check that tensors stored one per head are there for every head."""
+        counted = Counter((node.line.stem, node.scope, place) for node in nodes for place, _ in node.indices)
+        for (stem, scope, place), count in counted.items():
+            expected = self._sizes(scope).get(place)
+            if place in {"h", "g"} and expected != count:
+                message = (
+                    f"{self._path(scope)}.{stem}: family {self.family.name!r} expects {expected} of them, found "
+                    f"{count}. The file is incomplete, so it is not rescaled."
+                )
+                raise FamilyError(message)
+
     def _fits(self, node: Node, dim: int, side: Layout) -> bool:
         """Check one dimension of one tensor; False = an axis is still unknown."""
-        sizes, actual = self._sizes(node.scope), node.weight.shape[dim]
+        sizes, actual = self._sizes(node.scope), extent(node, node.line.dims[dim])
         constant, factors = length(side, self.axes, sizes, batch_axes(node.line))
         if factors:
             unknown, factor = next(iter(factors.items()))
@@ -290,13 +334,22 @@ class _Builder:
         return bool(node.line.axes) and actual == int(np.prod([sizes.get(axis, 0) for axis in node.line.axes]))
 
 
+def extent(node: Node, what: str) -> int:
+    """Return the number of elements along "out" or "in", which a gain may spread over two stored dimensions."""
+    return math.prod(size for size, is_what in zip(node.weight.shape, node.line.dims, strict=False) if is_what == what)
+
+
 def _dimensions(node: Node) -> Iterator[tuple[int, Layout]]:
     """Yield the dimensions of a node's weight that a layout describes, with that layout."""
     for dim, what in enumerate(node.line.dims if node.line.kind != "fixed" else ()):
         if dim >= len(node.weight.shape):
             message = f"{node.weight.name}: expected {len(node.line.dims)} dimensions, found {list(node.weight.shape)}."
             raise FamilyError(message)
+        if what in node.line.dims[:dim]:
+            continue
         if what == "out" and node.writes is not None:
             yield dim, node.writes
+            if node.line.kind == "conv" and node.reads is not None:
+                yield dim, node.reads  # depthwise: one channel in, one out
         elif what == "in" and node.reads is not None and node.line.kind != "embed":
             yield dim, node.reads

@@ -112,7 +112,7 @@ def _claim(
                 setattr(claim, pattern.which, tensors[name])
             break
         else:
-            strays.append(name)
+            (ignored if name.startswith(family.aside) else strays).append(name)
     return claims, ignored, strays
 
 
@@ -172,6 +172,9 @@ def _missing(
     for scope, lines in family.lines.items():
         for layer in [None] if scope == TOP else range(counts[scope]):
             numbers: set[tuple[Indices, ...]] = set()
+            problem = _sets(family, lines, {stem for stem, s, at in present if (s, at) == (scope, layer)})
+            if problem is not None:
+                return _refusal(family, _full_path(family, scope, prefix, layer) + problem[0], *problem[1:])
             for line in lines:
                 found = present.get((line.stem, scope, layer), [])
                 name = _full(family, scope, line, prefix, layer)
@@ -185,14 +188,36 @@ def _missing(
                 if found and "{x}" in line.stem:
                     numbers.add(tuple(sorted(claim.indices for claim in found)))
             if len(numbers) > 1 or any(row != tuple((("x", n),) for n in range(len(row))) for row in numbers):
-                path = family.stacks[scope].path.replace("{p}", prefix).replace("{i}", str(layer))
+                path = _full_path(family, scope, prefix, layer)
                 return _refusal(family, path, "the same experts, counted from 0, for every matrix", "different ones")
     return None
 
 
-def _full(family: Family, scope: str, line: Line, prefix: str, layer: int | None) -> str:
+def _sets(family: Family, lines: Iterable[Line], present: set[str]) -> tuple[str, str, str] | None:
+    """Return where, expected and found if a layer has part of a set of lines, or not exactly one of several sets."""
+    sets: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        if line.group:
+            sets[line.group].append(line.stem)
+    for stems in sets.values():
+        absent = [stem for stem in stems if stem not in present]
+        if absent and len(absent) < len(stems):
+            return absent[0], "a tensor of that name", "none"
+    for names in family.one_of:
+        held = [name for name in names if name in sets and sets[name][0] in present]
+        if any(name in sets for name in names) and len(held) != 1:
+            stems = [sets[name][0] for name in names if name in sets]
+            return stems[0], f"one of {', '.join(stems)}", "several" if held else "none"
+    return None
+
+
+def _full_path(family: Family, scope: str, prefix: str, layer: int | None) -> str:
     path = "" if scope == TOP else family.stacks[scope].path
-    return (path + line.stem).replace("{p}", prefix).replace("{i}", str(layer))
+    return path.replace("{p}", prefix).replace("{i}", str(layer))
+
+
+def _full(family: Family, scope: str, line: Line, prefix: str, layer: int | None) -> str:
+    return _full_path(family, scope, prefix, layer) + line.stem.replace("{p}", prefix)
 
 
 def _refusal(family: Family, where: str, expected: str, found: str) -> FamilyError:

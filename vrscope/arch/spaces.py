@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.graph import Graph, Node, config_value
+from vrscope.arch.graph import Edge, Graph, Node, config_value, extent, values_of
 from vrscope.arch.layout import leaves
 
 RULES = {"dot": "q.k", "gated": "up.down", "act": "fc1.fc2", "pass": "v.o"}  # named after the operation that ties it
 NORM_FOLD, GAIN_PAIR, FREE = "norm fold", "q.k gains", "linear"
+RESIDUAL = "the residual stream: every layer adds to it, and norms would undo a scale only up to their eps"
+OUTPUT = "an output that is used as it is"
 HOMOGENEOUS = {"relu": 1, "relu2": 2, "relu_squared": 2}  # act(s x) = s^degree act(x) for s > 0
 
 
@@ -96,8 +98,13 @@ def derive(graph: Graph, config: Mapping[str, Any], tied: bool) -> tuple[list[Sp
         Whether the output head is the embedding matrix.
     """
     ties = _Ties(graph)
+    read = {leaf.names[0] for node in graph.nodes if node.reads is not None for leaf in leaves(node.reads)}
+    for name in ties.group:
+        if name in graph.rigid:
+            ties.block(name, RESIDUAL if name in read else OUTPUT)
     _block_by_operations(graph, ties, config)
     _block_by_use(graph, ties, tied)
+    uses, edges = _index(graph)
     spaces: list[Space] = []
     rigid: list[tuple[str, str]] = []
     for members in ties.groups():
@@ -105,8 +112,27 @@ def derive(graph: Graph, config: Mapping[str, Any], tied: bool) -> tuple[list[Sp
         if reason is not None:
             rigid.extend((name, reason) for name in members)
         else:
-            spaces.append(_space(graph, ties, members, config))
+            at = {number: edge for name in members for number, edge in edges[name]}
+            spaces.append(_space(graph, members, uses, [at[number] for number in sorted(at)], config))
     return spaces, rigid
+
+
+Side = tuple[int, Node, str, int]  # number of the node, node, "out" or "in", sign of the power
+
+
+def _index(graph: Graph) -> tuple[dict[str, list[Side]], dict[str, list[tuple[int, Edge]]]]:
+    """Return for every space the sides of nodes, and the operations, that write or read it."""
+    uses: dict[str, list[Side]] = defaultdict(list)
+    for number, node in enumerate(graph.nodes):
+        for side, layout, sign in (("out", node.writes, 1), ("in", node.reads, -1)):
+            if layout is not None and not (side == "in" and node.line.kind in {"norm", "embed"}):
+                for leaf in leaves(layout):
+                    uses[leaf.names[0]].append((number, node, side, sign))
+    edges: dict[str, list[tuple[int, Edge]]] = defaultdict(list)
+    for number, edge in enumerate(graph.edges):
+        for space in (*edge.inputs, *edge.outputs):
+            edges[space].append((number, edge))
+    return uses, edges
 
 
 class _Ties:
@@ -147,16 +173,28 @@ def _block_by_operations(graph: Graph, ties: _Ties, config: Mapping[str, Any]) -
             ties.block(edge.inputs[0], "feeds the activation of a gate, which no scale passes through")
             ties.tie(edge.inputs[1], edge.outputs[0], 1)
         elif kind == "act":
-            name = str(config_value(config, graph.family.act or "") or "unknown")
+            name = _activation(graph, config)
             degree = HOMOGENEOUS.get(name)
             if degree is None:
                 for space in (*edge.inputs, *edge.outputs):
                     ties.block(space, f"activation {name}: no scale passes through it")
             else:
                 ties.tie(edge.inputs[0], edge.outputs[0], degree)
+        elif kind == "opaque":
+            for space in (*edge.inputs, *edge.outputs):
+                ties.block(space, f"at the {edge.operation.name.replace('_', ' ')}, which no scale passes through")
         else:
             for space in (*edge.inputs, *edge.outputs):
                 ties.block(space, "added to another stream, which would need the same scale")
+
+
+def _activation(graph: Graph, config: Mapping[str, Any]) -> str:
+    """Return the first activation that the configuration names; a quoted alternative is the name itself."""
+    for word in (graph.family.act or "").split("|"):
+        name = word.strip().strip("'") if "'" in word else config_value(config, word.strip())
+        if isinstance(name, str):
+            return name
+    return "unknown"
 
 
 def _block_by_use(graph: Graph, ties: _Ties, tied: bool) -> None:
@@ -172,20 +210,12 @@ def _block_by_use(graph: Graph, ties: _Ties, tied: bool) -> None:
     read |= {space for edge in graph.edges for space in edge.inputs}
     heads = _head_inputs(graph)
     for name in ties.group:
-        if name in graph.rigid:
-            ties.block(name, _declared_rigid(graph, name))
-        elif name in heads and tied:
+        if name in heads and tied:
             ties.block(name, "read by the output head, which is the embedding matrix (tied)")
         elif name not in read:
             ties.block(name, "an output of the model")
         elif name not in written:
             ties.block(name, "written by nothing that carries a scale")
-
-
-def _declared_rigid(graph: Graph, name: str) -> str:
-    if any(name in (leaf.names[0] for leaf in leaves(node.reads)) for node in graph.nodes if node.reads is not None):
-        return "the residual stream: every layer adds to it, and norms would undo a scale only up to their eps"
-    return "an output that is used as it is"
 
 
 def _head_inputs(graph: Graph) -> set[str]:
@@ -198,10 +228,15 @@ def _head_inputs(graph: Graph) -> set[str]:
     return set()
 
 
-def _space(graph: Graph, ties: _Ties, members: dict[str, int], config: Mapping[str, Any]) -> Space:
-    edges = [edge for edge in graph.edges if any(space in members for space in (*edge.inputs, *edge.outputs))]
+def _space(
+    graph: Graph,
+    members: dict[str, int],
+    sides: Mapping[str, list[Side]],
+    edges: list[Edge],
+    config: Mapping[str, Any],
+) -> Space:
     name = next((space for edge in edges for space in edge.inputs if space in members), min(members))
-    uses = _uses(graph, members)
+    uses = _uses(graph, members, sides)
     axes = [axis for axis in graph.axes[name] if all(axis in have for _, _, _, _, have in uses)]
     scope = next(node.scope for node, *_ in uses)
     sizes = graph.sizes[scope]
@@ -226,21 +261,16 @@ def _space(graph: Graph, ties: _Ties, members: dict[str, int], config: Mapping[s
 Use = tuple[Node, str, str, int, tuple[str, ...]]  # node, "out" or "in", space, power, axes its dimension carries
 
 
-def _uses(graph: Graph, members: Mapping[str, int]) -> list[Use]:
-    """Return every side of every node that writes or reads one of the spaces."""
-    uses: list[Use] = []
-    for node in graph.nodes:
-        for side, layout, sign in (("out", node.writes, 1), ("in", node.reads, -1)):
-            if layout is None or (side == "in" and node.line.kind in {"norm", "embed"}):
-                continue
-            for leaf in leaves(layout):
-                space = leaf.names[0]
-                if space in members:
-                    axes = graph.axes[space]
-                    if node.line.kind == "norm" and _short_gain(graph, node, space):
-                        axes = node.line.axes
-                    uses.append((node, side, space, sign * members[space], axes))
-    return uses
+def _uses(graph: Graph, members: Mapping[str, int], sides: Mapping[str, list[Side]]) -> list[Use]:
+    """Return every side of every node that writes or reads one of the spaces, in the order of the nodes."""
+    uses: list[tuple[int, Use]] = []
+    for space in members:
+        for number, node, side, sign in sides.get(space, ()):
+            axes = graph.axes[space]
+            if node.line.kind == "norm" and _short_gain(graph, node, space):
+                axes = node.line.axes
+            uses.append((number, (node, side, space, sign * members[space], axes)))
+    return [use for _, use in sorted(uses, key=lambda pair: pair[0])]
 
 
 def _short_gain(graph: Graph, node: Node, space: str) -> bool:
@@ -255,8 +285,8 @@ def _labels(axis: str, size: int, rotated: bool, graph: Graph, config: Mapping[s
     plain = np.arange(size)
     if not rotated:
         return plain
-    share = next((v for v in (config_value(config, key) for key in graph.family.rotary) if v is not None), 1.0)
-    span = int(size * float(share)) // 2 * 2
+    share = next(values_of(graph.family.rotary, config, {axis: size}), 1.0)
+    span = int(size * min(share, 1.0)) // 2 * 2
     turned = plain[:span] % (span // 2) if graph.family.rope == "half" else plain[:span] // 2
     return np.concatenate([turned, np.arange(size - span) + span // 2])
 
@@ -282,9 +312,9 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
     side, space, power = use
     layout = node.writes if side == "out" else node.reads
     assert layout is not None
-    dim = node.line.dims.index(side)
+    along = "out" if node.line.kind == "conv" else side
     batch = [at for at, what in enumerate(node.line.dims) if what not in {"out", "in"} and what in graph.axes[space]]
-    count = node.weight.shape[dim]
+    count = extent(node, along)
     if node.line.kind == "norm" and _short_gain(graph, node, space):
         flat = ids.reshape(count)
     else:
@@ -293,7 +323,8 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
         flat = np.full([*(node.weight.shape[at] for at in batch), count], -1, np.int64)
         lead = np.indices(places.shape)[: len(batch)] if batch else ()
         flat[(*lead, places)] = ids
-    view = [size if at in batch or at == dim else 1 for at, size in enumerate(node.weight.shape)]
+    kept = {*batch, *(at for at, what in enumerate(node.line.dims) if what == along)}
+    view = [size if at in kept else 1 for at, size in enumerate(node.weight.shape)]
     terms = [Term(node.weight.name, flat.reshape(view), power, node.line.gain if side == "out" else "w")]
     if side == "out" and node.bias is not None:
         terms.append(Term(node.bias.name, flat.reshape(node.bias.shape), power, "w"))
