@@ -223,11 +223,11 @@ def test_analyze_works_on_undeclared_and_on_quantized_checkpoints(tmp_path):
     folder = save_tiny("llama", tmp_path / "m")
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"model_type": "helium"}))
+    path.write_text(json.dumps(config | {"model_type": "nanochat"}))
     report = vrscope.analyze(folder)
     assert report.provenance["family"] is None
     assert set(report.tables["tensors"]["role"]) >= {"self_attn.q_proj", "mlp.down_proj"}
-    with pytest.raises(FamilyError, match="helium"):
+    with pytest.raises(FamilyError, match="nanochat"):
         vrscope.plan(folder)
     path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     assert "quantization" in vrscope.analyze(folder).provenance

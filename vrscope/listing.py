@@ -36,7 +36,7 @@ def listing(kind: str) -> Listing:
 
 
 def _families() -> Listing:
-    """Return one row per kind of rescale: families that differ in names alone share it."""
+    """Return one row per kind of rescale: families that differ in names alone share that of the first."""
     from vrscope.arch.binding import families
 
     rows: dict[tuple[str, str, str], list[Family]] = {}
@@ -45,8 +45,8 @@ def _families() -> Listing:
         through = {_operation(operation) for operation in family.operations} - {""}
         through |= {"conv" for lines in family.lines.values() for line in lines if line.kind == "conv"}
         rows.setdefault((family.rope, " ".join(gains) or "none", "; ".join(sorted(through))), []).append(family)
-    return ("model_type", "rope", "norm gain", "scales move through"), [
-        (", ".join(dict.fromkeys(name for family in alike for name in family.model_types)), *kind)
+    return ("family", "model_type", "rope", "norm gain", "scales move through"), [
+        (alike[0].name, ", ".join(dict.fromkeys(name for family in alike for name in family.model_types)), *kind)
         for kind, alike in rows.items()
     ]
 
