@@ -127,7 +127,7 @@ def test_a_tied_head_keeps_the_final_norm(tmp_path, llama):
     assert "xf" not in {
         space.name for space in binding.spaces
     }  # the config is believed, though a head lies in the file
-    assert dict(binding.rigid)["xf"].endswith("(tied)")
+    assert dict(binding.rigid)["xf"].startswith("feeds the output head")
 
 
 def test_one_plus_w_gains_are_marked_inexact(tmp_path):
@@ -278,6 +278,38 @@ def test_config_without_layer_count_or_with_too_few_is_refused(tmp_path, llama):
         bind(open_checkpoint(edited(llama, tmp_path / "a", num_hidden_layers=None)))
     with pytest.raises(FamilyError, match="one more"):
         bind(open_checkpoint(edited(llama, tmp_path / "b", num_hidden_layers=1)))
+
+
+def test_a_rotary_share_that_the_model_does_not_read_changes_nothing(tmp_path, llama):
+    """Llama rotates the whole head whatever its config says; believing the key would free channels that are tied."""
+    for number, more in enumerate(
+        [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}]
+    ):
+        spaces = spaces_of(edited(llama, tmp_path / str(number), **more))
+        assert spaces["model.layers.0:q"].shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("case", "config", "words"),
+    [
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
+        ("bert", {"position_embedding_type": "relative_key_query"}, "position_embedding_type"),
+        ("mixtral", {"num_local_experts": 2}, "experts"),
+        ("phi3", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "share"),
+    ],
+)
+def test_a_config_that_means_another_model_is_refused(tmp_path, case, config, words):
+    folder = save_tiny(case, tmp_path / "m")
+    with pytest.raises(FamilyError, match=words):
+        bind(open_checkpoint(edited(folder, tmp_path / "edited", **config)))
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path):
+    folder = save_tiny("bert", tmp_path / "m")
+    name = "embeddings.LayerNorm"
+    with pytest.raises(FamilyError, match="expects one weight"):
+        bind(open_checkpoint(edited(folder, tmp_path / "edited", add(f"{name}.gamma", (64,)))))
 
 
 def test_quantized_checkpoints_are_refused(tmp_path, llama):

@@ -104,6 +104,11 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
                 if value is not None and value is not False:
                     message = f"config.json: {key} = {value!r}: {reason} Not rescaled."
                     raise FamilyError(message)
+            for key, wanted in family.require.items():
+                value = config_value(config, key)
+                if value is not None and value != wanted:
+                    message = f"config.json: expected {key} = {wanted!r}, found {value!r}: another model. Not rescaled."
+                    raise FamilyError(message)
             return family
     message = f"config.json: model_type {kind!r} is declared, but not with {fitting[0].when}. Not rescaled."
     raise FamilyError(message)

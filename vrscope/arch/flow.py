@@ -28,7 +28,6 @@ else:  # the same parser, before it joined the standard library
 TOP = "top"  # the scope of lines that stand outside every stack of layers
 OPERATIONS = {"dot": (2, 0), "pass": (1, 1), "gated": (2, 1), "act": (1, 1), "add": (1, 1)}  # inputs, outputs
 OPAQUE = "opaque"  # any number of both
-PLACEHOLDERS = ("i", "x", "h", "g")
 _LINE = re.compile(r"(?:(?P<kind>embed|norm|conv)(?:\[(?P<axes>[^\]]*)\])?\s+)?(?P<reads>.+?)\s*->\s*(?P<writes>.+)")
 
 
@@ -126,6 +125,8 @@ class Family:
         Head stem, embedding stem, and whether they are tied when the configuration is silent; None = never tied.
     one_of
         Sets of lines of which every layer that can have them has exactly one.
+    require
+        Configuration keys that, if they are there, must have this value: any other makes the declaration invalid.
     refuse
         Configuration keys that make the declaration invalid when set, with the reason.
     ignore
@@ -152,6 +153,7 @@ class Family:
     tied: tuple[str, str, bool] | None
     one_of: tuple[tuple[str, ...], ...]
     refuse: Mapping[str, str]
+    require: Mapping[str, Any]
     ignore: tuple[str, ...]
     inside: str
     aside: tuple[str, ...]
@@ -172,6 +174,7 @@ DEFAULTS: Mapping[str, Any] = {
     "tied": {},
     "one_of": [],
     "refuse": {},
+    "require": {},
     "ignore": [],
     "inside": "",
     "aside": [],
@@ -297,6 +300,7 @@ def _family(name: str, table: Mapping[str, Any], prelude: Mapping[str, Any]) -> 
         tied=(tied["head"], tied["embedding"], bool(tied["default"])) if tied else None,
         one_of=tuple(tuple(groups) for groups in get["one_of"]),
         refuse=get["refuse"],
+        require=get["require"],
         ignore=(*prelude.get("ignore", []), *get["ignore"]),
         inside=get["inside"],
         aside=tuple(get["aside"]),

@@ -298,11 +298,11 @@ class _Builder:
             waiting = later
 
     def _check_heads(self, nodes: tuple[Node, ...]) -> None:
-        """Check that tensors stored one per head are there for every head."""
+        """Check that tensors stored one per head, or per expert the configuration counts, are all there."""
         counted = Counter((node.line.stem, node.scope, place) for node in nodes for place, _ in node.indices)
         for (stem, scope, place), count in counted.items():
-            expected = self._sizes(scope).get(place)
-            if place in {"h", "g"} and expected != count:
+            expected = self.top.get(place) if place == "x" else self._sizes(scope).get(place)
+            if place in {"h", "g", "x"} and expected not in {None, count}:
                 message = (
                     f"{self._path(scope)}.{stem}: family {self.family.name!r} expects {expected} of them, found "
                     f"{count}. The file is incomplete, so it is not rescaled."

@@ -87,7 +87,7 @@ def match(family: Family, tensors: Mapping[str, TensorInfo], counts: Mapping[str
 
 
 def _claim(
-    family: Family, prefix: str, tensors: Iterable[str] | Mapping[str, TensorInfo]
+    family: Family, prefix: str, tensors: Mapping[str, TensorInfo]
 ) -> tuple[dict[tuple[object, ...], Claimed], list[str], list[str]]:
     patterns = defaultdict(list)
     for pattern in _patterns(family, prefix):
@@ -108,8 +108,13 @@ def _claim(
             indices = tuple(sorted(found.items()))
             at = (pattern.line.stem, pattern.scope, layer, indices)
             claim = claims.setdefault(at, Claimed(pattern.line, pattern.scope, layer, indices))
-            if isinstance(tensors, Mapping):
-                setattr(claim, pattern.which, tensors[name])
+            if getattr(claim, pattern.which) is not None:
+                message = (
+                    f"{name}: family {family.name!r} expects one {pattern.which} there, found "
+                    f"{getattr(claim, pattern.which).name} as well. Remove the one that is not used."
+                )
+                raise FamilyError(message)
+            setattr(claim, pattern.which, tensors[name])
             break
         else:
             (ignored if name.startswith(family.aside) else strays).append(name)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.graph import Edge, Graph, Node, config_value, extent, values_of
 from vrscope.arch.layout import leaves
+from vrscope.errors import FamilyError
 
 RULES = {"dot": "q.k", "gated": "up.down", "act": "fc1.fc2", "pass": "v.o"}  # named after the operation that ties it
 NORM_FOLD, GAIN_PAIR, FREE = "norm fold", "q.k gains", "linear"
@@ -211,7 +212,7 @@ def _block_by_use(graph: Graph, ties: _Ties, tied: bool) -> None:
     heads = _head_inputs(graph)
     for name in ties.group:
         if name in heads and tied:
-            ties.block(name, "read by the output head, which is the embedding matrix (tied)")
+            ties.block(name, "feeds the output head, which is the embedding matrix (tied) or not in the file")
         elif name not in read:
             ties.block(name, "an output of the model")
         elif name not in written:
@@ -286,7 +287,12 @@ def _labels(axis: str, size: int, rotated: bool, graph: Graph, config: Mapping[s
     if not rotated:
         return plain
     share = next(values_of(graph.family.rotary, config, {axis: size}), 1.0)
-    span = int(size * min(share, 1.0)) // 2 * 2
+    if share > 1:
+        message = (
+            f"config.json: {graph.family.rotary}: expected a rotated share of at most 1, found {share}. Not rescaled."
+        )
+        raise FamilyError(message)
+    span = int(size * share) // 2 * 2
     turned = plain[:span] % (span // 2) if graph.family.rope == "half" else plain[:span] // 2
     return np.concatenate([turned, np.arange(size - span) + span // 2])
 
