@@ -6,7 +6,6 @@ exponents, so they are exact unless a value leaves the normal range of its type;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -232,12 +231,3 @@ def check_plan(plan: RescalePlan, binding: Binding, fingerprint: str, name: str)
             "Make a plan for this checkpoint with `vrscope plan`."
         )
         raise PlanError(message)
-
-
-def merged(scales: Mapping[str, TensorScale], info: TensorInfo) -> NDArray[np.int64]:
-    """Return the element exponents of a tensor as one array that broadcasts against it (0 where it is unscaled)."""
-    scale = scales.get(info.name)
-    total: NDArray[np.int64] = np.zeros([1] * max(len(info.shape), 1), np.int64)
-    for array in scale.exponents if scale is not None else ():
-        total = total + array
-    return total
