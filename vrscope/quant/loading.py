@@ -120,6 +120,7 @@ def is_causal(checkpoint: Checkpoint) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
@@ -142,7 +143,8 @@ def is_causal(checkpoint: Checkpoint) -> bool:
             "Use `vrscope analyze`, which runs no model."
         )
         raise ModelError(message)
-    causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _each(names)}
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    causal = {name for mapping in mappings for names in mapping.values() for name in _each(names)}
     if config.get("architectures"):
         return any(name in causal for name in config["architectures"])
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -188,7 +190,8 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
         If the model cannot be built, weights are missing or of another shape, or memory would not suffice.
     """
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = is_causal(checkpoint)
     if checkpoint.quantization:
@@ -202,6 +205,8 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
         raise ModelError(message)
     require_memory(checkpoint, device, dtype)
     builder = AutoModelForCausalLM if causal else AutoModel
+    if causal and checkpoint.config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        builder = AutoModelForImageTextToText  # run on text alone
     try:
         with quiet_transformers(), _standard_folder(checkpoint) as folder:
             model, info = builder.from_pretrained(
@@ -226,6 +231,12 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
         message = (
             f"{checkpoint.name}: expected weight {missing[0]!r}{more}, found none in the checkpoint. "
             "Download it again, or check that config.json belongs to it."
+        )
+        raise ModelError(message)
+    if model.main_input_name != "input_ids":
+        message = (
+            f"{checkpoint.name}: expected a model that reads text, found one that reads {model.main_input_name}. "
+            "Use `vrscope analyze`, which runs no model."
         )
         raise ModelError(message)
     model.requires_grad_(requires_grad=False)
