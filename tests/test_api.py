@@ -295,6 +295,20 @@ def test_an_interrupted_run_leaves_no_mixture(tmp_path, monkeypatch):
     assert [path.name for path in out.iterdir()] == ["rescaled"]
 
 
+def test_a_forced_run_that_is_refused_keeps_the_earlier_results(tmp_path, monkeypatch):
+    from vrscope.quant import model
+
+    out = tmp_path / "out"
+    vrscope.run(demo_model(), out, method="random", formats=["int8-row"], tokens=32)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UnknownNameError):
+        vrscope.run(demo_model(), out, method="wiska", formats=["int8-row"], tokens=32, force=True)
+    monkeypatch.setattr(model, "compare_logits", lambda *_, **__: model.LogitComparison(False, 0.5, 0.1, 32, "float32"))
+    with pytest.raises(VerificationError):
+        vrscope.run(demo_model(), out, method="wisca", formats=["int8-row"], tokens=32, force=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_a_copy_whose_outputs_differ_never_stands(tmp_path, monkeypatch):
     """If the models disagree although the weights were proved, the declaration is wrong: nothing is left."""
     from vrscope.quant import model

@@ -12,7 +12,7 @@ from vrscope.checkpoint.source import Checkpoint, open_checkpoint
 from vrscope.executors import default_executor
 from vrscope.progress import Progress, silent
 from vrscope.provenance import command_line, provenance
-from vrscope.saving import PLAN_COPY, earlier_results, save
+from vrscope.saving import PLAN_COPY, remove_earlier, save
 from vrscope.stages import DEFAULT_FORMATS, DEFAULT_TOKENS, ORIGINAL, PROOF_TOKENS, RESCALED
 from vrscope.tables import Report
 from vrscope.verdict import verdict
@@ -133,9 +133,6 @@ def run(
     check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
     sample = stages.read_sample(checkpoint, text, tokens)
 
-    for old in earlier_results(folder):
-        old.unlink()  # an interrupted run must not leave the results of one beside the checkpoint of another
-
     tables, columns = stages.fill_statistics(
         checkpoint, binding.roles, StatOptions(target_std=options.target_std), progress
     )
@@ -145,17 +142,17 @@ def run(
     def accept(copy: Checkpoint) -> None:
         short = stages.read_sample(checkpoint, text, min(tokens, PROOF_TOKENS))
         rows.append(stages.compare_outputs((checkpoint, copy), chosen, short, (device, "float32"), progress))
+        remove_earlier(folder)  # only now, when nothing can refuse the checkpoint that replaces theirs
 
     target = folder / RESCALED_FOLDER
     done = apply_plan(checkpoint, binding, chosen, target, force=force, progress=progress, accept=accept)
     rescaled = open_checkpoint(target)
     after = profile_weights(rescaled, binding, default_executor(), progress)
-    parts = [
+    for more, described in (
         stages.fill_plan(checkpoint, binding, done, (before, after), entries),
         stages.fill_proof(rows),
         stages.fill_damage({ORIGINAL: checkpoint, RESCALED: rescaled}, entries, sample, (device, "float32"), progress),
-    ]
-    for more, described in parts:
+    ):
         tables |= more
         columns |= described
     arguments = {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, "device": device}

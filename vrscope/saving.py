@@ -35,6 +35,15 @@ def earlier_results(folder: Path) -> list[Path]:
     return sorted(folder / name for name in names if (folder / name).exists())
 
 
+def remove_earlier(folder: Path) -> None:
+    """Remove earlier results from a folder.
+
+    A run does so before it replaces their checkpoint: interrupted, it must not leave the results of one beside another.
+    """
+    for old in earlier_results(folder):
+        old.unlink()
+
+
 def require_free(out: str | Path, force: bool) -> None:
     """Refuse a folder for results before any work is done for it.
 

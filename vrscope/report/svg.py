@@ -36,7 +36,6 @@ VARIABLES = {
 _SVG = "http://www.w3.org/2000/svg"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _DECIMALS = re.compile(r"(\.\d\d)\d+")
-_KEPT = {"bold": "font-weight:700"}
 
 
 @contextmanager
