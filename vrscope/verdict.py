@@ -76,9 +76,8 @@ def _bound(tables: Mapping[str, pd.DataFrame]) -> str:
         return ""
     worst = frame.nlargest(1, "bound").iloc[0]
     return (
-        f"It scales inputs of norms in {int((frame['changed'] > 0).sum())} spaces; as estimated from the weights "
-        f"(channels independent) that changes a norm's output by at most {worst['bound']:.2g} of itself, "
-        f"in {worst['space']}."
+        f"Inputs of norms are scaled ({int((frame['changed'] > 0).sum())} of {len(frame)} such spaces); as estimated "
+        f"from the weights, that changes a norm's output by at most {worst['bound']:.2g} of itself, in {worst['space']}."
     )
 
 

@@ -281,6 +281,8 @@ def random(situation: Situation) -> Exponents:
     chosen = {}
     for space in situation.spaces:
         low, high = np.clip(reach_of(space, situation.options), -most, most)
+        if space.limit is not None and low == 0:
+            low = min(1, high)  # a norm has one scale or few; left at 1, they would test nothing
         drawn = generator.integers(low, high + 1, space.size) if pow2 else generator.uniform(low, high, space.size)
         chosen[space.name] = drawn.astype(np.float64)
     return chosen
