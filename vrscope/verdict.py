@@ -77,7 +77,7 @@ def _bound(tables: Mapping[str, pd.DataFrame]) -> str:
     worst = frame.nlargest(1, "bound").iloc[0]
     return (
         f"Inputs of norms are scaled ({int((frame['changed'] > 0).sum())} of {len(frame)} such spaces); as estimated "
-        f"from the weights, that changes a norm's output by at most {worst['bound']:.2g} of itself, in {worst['space']}."
+        f"from the weights, that changes a norm's output by at most {worst['bound']:.2g} of itself ({worst['space']})."
     )
 
 

@@ -309,7 +309,9 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
     view = [size if at in kept else 1 for at, size in enumerate(node.weight.shape)]
     terms = [Term(node.weight.name, flat.reshape(view), power, node.line.gain if side == "out" else "w")]
     if side == "out" and node.bias is not None:
-        terms.append(Term(node.bias.name, flat.reshape(node.bias.shape), power, "w"))
+        shared = len(node.bias.shape) - flat.ndim  # a bias per expert, where the space is the same for all
+        own = node.bias.shape if flat.size == node.bias.numel else (*[1] * shared, *flat.shape)
+        terms.append(Term(node.bias.name, flat.reshape(own), power, "w"))
     return terms
 
 
