@@ -69,6 +69,8 @@ def test_growing_is_exact_without_eps_and_within_reach_of_it_with_eps(case, tmp_
     """Real factors of 1 to 4 on every approximate space, in float64: algebra first, then what the shipped eps does."""
     folder = save_tiny(case, tmp_path / "model", torch.float64)
     checkpoint, binding, plan, profile = planned(folder, scales="free")
+    names = [space.name for space in (*bind(checkpoint).spaces, *binding.spaces)]
+    assert sorted(names) == sorted({space.name for space in bind(checkpoint, approximate=True).spaces})
     apply_plan(checkpoint, binding, plan, tmp_path / "out", force=False, progress=silent)
     assert plan.equivalent == "equal up to eps" and plan.changed and min(v.min() for v in plan.spaces.values()) >= 1
     models = [load(path, case) for path in (folder, tmp_path / "out")]
