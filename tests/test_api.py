@@ -373,3 +373,13 @@ def test_an_output_inside_the_model_is_refused_first(tmp_path):
     with pytest.raises(OutputError):
         vrscope.run(folder, folder / "out")
     assert not (folder / "out").exists()
+
+
+def test_a_revision_is_of_the_first_model_in_every_command():
+    for call in (lambda: vrscope.verify(demo_model(), demo_model(), revision="x"), lambda: measure_at("x")):
+        with pytest.raises(CheckpointError, match="a revision"):
+            call()
+
+
+def measure_at(revision):
+    return vrscope.measure(demo_model(), weights_only=True, formats=["int8-row"], revision=revision)

@@ -130,7 +130,8 @@ def plan(
     method
         "wisca", "tvr" or "random".
     options
-        Options of the method; `overrides` set single ones, for example `granularity="tensor"`, `scales="free"`.
+        Options of the method; `overrides` set single ones, for example `granularity="tensor"`, `scales="free"`, or
+        `approximate=True`: also scale what norms undo up to their eps.
     formats
         Accepted so that the call reads like the command; choosing does not depend on them, `describe` does.
     revision, families, progress
@@ -150,9 +151,8 @@ def plan(
     stages.read_formats(formats)
     checkpoint = open_checkpoint(model, revision)
     chosen = stages.read_options(overrides, options)
-    return make_plan(
-        checkpoint, stages.bind_checkpoint(checkpoint, families), method, chosen, default_executor(), progress
-    )[0]
+    binding = stages.bind_checkpoint(checkpoint, families, chosen.approximate)
+    return make_plan(checkpoint, binding, method, chosen, default_executor(), progress)[0]
 
 
 def describe(
@@ -169,7 +169,7 @@ def describe(
     Returns
     -------
     Report
-        Tables "spaces", "matrices", "unreachable" and "reach".
+        Tables "spaces", "matrices", "unreachable" and "reach"; "approximate" if the plan is equal up to eps only.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def describe(
 
     started = time.monotonic()
     checkpoint = open_checkpoint(model, revision)
-    binding = stages.bind_checkpoint(checkpoint, families)
+    binding = stages.bind_checkpoint(checkpoint, families, plan.approximate)
     check_plan(plan, binding, checkpoint.fingerprint(), checkpoint.name)
     executor = default_executor()
     before = profile_weights(checkpoint, binding, executor, progress)
@@ -245,15 +245,16 @@ def rescale(
     from vrscope.rescale.planning import make_plan
 
     checkpoint = open_checkpoint(model, revision)
-    binding = stages.bind_checkpoint(checkpoint, families)
     if plan is None:
         if invert:
             message = "invert: expected the plan to undo, found none. Give --plan OUT/vrscope_plan.json."
             raise PlanError(message)
         options = stages.read_options(overrides)
+        binding = stages.bind_checkpoint(checkpoint, families, options.approximate)
         chosen = make_plan(checkpoint, binding, method, options, default_executor(), progress)[0]
     else:
         chosen = stages.read_plan(plan)
+        binding = stages.bind_checkpoint(checkpoint, families, chosen.approximate)
     if invert:
         chosen = chosen.inverse()
     return apply_plan(checkpoint, binding, chosen, Path(out), force=force, progress=progress)
@@ -268,6 +269,7 @@ def verify(
     text: Source | None = None,
     tokens: int = PROOF_TOKENS,
     device: str = "auto",
+    revision: str | None = None,
     families: Source | None = None,
     progress: Progress = silent,
 ) -> Report:
@@ -284,6 +286,8 @@ def verify(
         Also run both models in float32 and in bfloat16, and compare their logits bit for bit.
     text, tokens, device
         What they are run on, and where.
+    revision
+        Branch, tag or commit of `a`, if it is a hub id.
     families, progress
         As in `analyze`.
 
@@ -302,9 +306,9 @@ def verify(
     from vrscope.rescale.verify import prove
 
     started = time.monotonic()
-    first, second = open_checkpoint(a), open_checkpoint(b)
+    first, second = open_checkpoint(a, revision), open_checkpoint(b)
     recorded = stages.recorded_plan(first, second, plan, families)
-    binding = stages.bind_checkpoint(first, families)
+    binding = stages.bind_checkpoint(first, families, recorded.approximate)
     check_plan(recorded, binding, first.fingerprint(), first.name)
     prove(first, second, binding, recorded, progress)
     if recorded.equivalent == NOT_EQUIVALENT:
@@ -330,6 +334,7 @@ def check_family(
     model: Source,
     *,
     families: Source | None = None,
+    approximate: bool = False,
     device: str = "auto",
     revision: str | None = None,
     progress: Progress = silent,
@@ -342,6 +347,8 @@ def check_family(
         A checkpoint of that architecture; a tiny random one serves as well as a real one.
     families
         The TOML file with the declaration, if it is not a shipped one.
+    approximate
+        Also grow what norms undo up to their eps: equal bits once the norms' eps is set to zero.
     device, revision, progress
         As in `verify` and `analyze`.
 
@@ -361,7 +368,7 @@ def check_family(
 
     started = time.monotonic()
     checkpoint = open_checkpoint(model, revision)
-    binding = stages.bind_checkpoint(checkpoint, families)
+    binding = stages.bind_checkpoint(checkpoint, families, approximate)
     rows = family_check.check_family(checkpoint, binding, device=device, progress=progress)
     tables, columns = stages.fill_proof(rows)
     facts = provenance(time.monotonic() - started, model=str(model), family=binding.family, settings={})

@@ -69,7 +69,7 @@ def demo(out: Path, force: bool, output: Output) -> None:
 @options.families
 @options.force
 @options.everything
-@options.output("damage", "weight_error", "tensors", "depth_law", "spaces", "matrices", "reach")
+@options.output("damage", "weight_error", "tensors", "depth_law", "spaces", "approximate", "matrices", "reach")
 def run(model: str, out: Path, everything: bool, output: Output, **settings: Any) -> None:
     """Do the main job: analyze, plan, rescale, measure, report."""
     from vrscope import api
@@ -157,6 +157,7 @@ def rescale(model: str, out: Path, plan: Path | None, output: Output, **settings
 @click.option("--plan", type=_PATH, metavar="FILE", help="The plan, if OTHER does not carry it.")
 @click.option("--logits", is_flag=True, help="Also run both models on text and compare their outputs bit for bit.")
 @options.text_options
+@options.revision
 @options.families
 @options.output()
 def verify(a: str, b: str, output: Output, **settings: Any) -> None:
@@ -174,6 +175,7 @@ def verify(a: str, b: str, output: Output, **settings: Any) -> None:
 @commands.command("check-family", epilog=example("vrscope check-family tiny-model --families my.toml"))
 @options.model
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the model runs. Default: auto.")
+@click.option("--approximate", is_flag=True, help="Test also the spaces that norms undo up to their eps.")
 @options.revision
 @options.families
 @options.output()
@@ -200,6 +202,7 @@ def check_family(model: str, output: Output, **settings: Any) -> None:
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
 )
 @click.option("--weights-only", is_flag=True, help="Error of the weights alone; runs no model.")
+@options.revision
 @options.force
 @options.everything
 @options.output("damage", "weight_error")

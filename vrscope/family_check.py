@@ -2,6 +2,7 @@
 
 A wrong declaration binds and rescales without complaint; only numbers show it. If the outputs differ in a bit, the
 spaces are scaled again one kind at a time (a kind is the same space in every layer), and those that break are named.
+Approximate spaces are tried on a model whose norms add no eps: what they undo up to eps, they then undo to the bit.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from vrscope import stages
 from vrscope.arch.binding import Binding
@@ -23,7 +26,7 @@ from vrscope.quant.model import LogitComparison, compare_logits
 from vrscope.quant.text import TextSample
 from vrscope.rescale.apply import apply_plan
 from vrscope.rescale.methods import MethodOptions
-from vrscope.rescale.plan import BIT_EQUAL
+from vrscope.rescale.plan import BIT_EQUAL, UP_TO_EPS, RescalePlan
 from vrscope.rescale.planning import make_plan
 
 SEED = 0
@@ -32,8 +35,6 @@ TOKENS = 64
 
 def random_tokens(vocabulary: int) -> TextSample:
     """Return one window of token ids drawn evenly; enough to run a model that has no tokenizer."""
-    import numpy as np
-
     ids = np.random.default_rng(SEED).integers(0, vocabulary, TOKENS)
     return TextSample(f"random tokens, seed {SEED}", (tuple(int(number) for number in ids),), TOKENS, (0, 0))
 
@@ -50,32 +51,63 @@ def check_family(
     ModelError
         If transformers cannot build or run the model.
     """
-    plan, _ = make_plan(checkpoint, binding, "random", MethodOptions(seed=SEED), default_executor(), progress)
+    options = MethodOptions(seed=SEED, approximate=any(space.limit for space in binding.spaces))
+    plan, _ = make_plan(checkpoint, binding, "random", options, default_executor(), progress)
     sample = random_tokens(_vocabulary(checkpoint))
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for space in binding.spaces:
-        if space.name in plan.spaces:
-            kinds[f"{space.rule} ({re.sub(r'[.][0-9]+(?=[.:])', '.*', space.name)})"].append(space.name)
+    exact, limited = (_kinds(binding, plan, limited=which) for which in (False, True))
     with tempfile.TemporaryDirectory(prefix="vrscope-") as folder:
         out = Path(folder) / "rescaled"
 
-        def compared(names: list[str], dtype: str) -> LogitComparison:
+        def compared(names: Iterable[str], dtype: str, *, eps: bool = True) -> LogitComparison:
             part = replace(plan, spaces={name: plan.spaces[name] for name in names})
             apply_plan(checkpoint, binding, part, out, force=True, progress=progress)
-            return compare_logits(checkpoint, open_checkpoint(out), sample, device=device, dtype=dtype)
+            return compare_logits(checkpoint, open_checkpoint(out), sample, device=device, dtype=dtype, eps=eps)
 
+        spaces = sum(space.limit is None for space in binding.spaces)
         rows = [
             ("binding", "fits", f"family {binding.family!r} claims all {len(checkpoint.tensors):,} tensors"),
-            ("spaces", f"{len(binding.spaces)} free", _counted(kinds)),
+            ("spaces", f"{spaces} free", _counted(exact)),
         ]
         for dtype in ("float32", "bfloat16"):
-            found = compared(list(plan.spaces), dtype)
+            found = compared(_names(exact), dtype)
             if not found.bit_equal:
-                raise VerificationError(_broken(binding, kinds, lambda names: compared(names, "float32"), found))
-            detail = f"{plan.changed:,} random powers of two on all spaces at once; {found.tokens} random tokens"
+                raise VerificationError(_broken(binding, exact, lambda names: compared(names, "float32"), found))
+            changed = sum(int(np.count_nonzero(plan.spaces[name])) for name in _names(exact))
+            detail = f"{changed:,} random powers of two on all spaces at once; {found.tokens} random tokens"
             rows.append((f"outputs, {dtype}", BIT_EQUAL, detail))
+        if limited:
+            rows += _check_limited(binding, limited, compared)
     rows.append(stages.weight_proof(checkpoint, plan))
     return rows
+
+
+def _kinds(binding: Binding, plan: RescalePlan, *, limited: bool) -> dict[str, list[str]]:
+    """Return the exact or the approximate spaces of a plan by kind: rule, and name without layer numbers."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for space in binding.spaces:
+        if space.name in plan.spaces and (space.limit is not None) == limited:
+            kinds[f"{space.rule} ({re.sub(r'[.][0-9]+(?=[.:])', '.*', space.name)})"].append(space.name)
+    return kinds
+
+
+def _names(kinds: Mapping[str, list[str]]) -> list[str]:
+    return [name for names in kinds.values() for name in names]
+
+
+def _check_limited(
+    binding: Binding, kinds: dict[str, list[str]], compared: Callable[..., LogitComparison]
+) -> list[tuple[str, str, str]]:
+    """Return the rows for approximate spaces: without eps to the bit, with eps the difference that it makes."""
+    found = compared(_names(kinds), "float32", eps=False)
+    if not found.bit_equal:
+        raise VerificationError(_broken(binding, kinds, lambda names: compared(names, "float32", eps=False), found))
+    shipped = compared(_names(kinds), "float32")
+    difference = f"differ by up to {shipped.max_abs_difference:.3g} ({shipped.relative:.2g} of the largest)"
+    return [
+        ("approximate spaces", f"{len(_names(kinds))} free", _counted(kinds)),
+        ("outputs, float32, eps = 0", BIT_EQUAL, f"all of them grown at random; {found.tokens} random tokens"),
+        ("outputs, float32, eps as it is", UP_TO_EPS, f"outputs {difference}"),
+    ]
 
 
 def _vocabulary(checkpoint: Checkpoint) -> int:

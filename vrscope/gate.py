@@ -143,6 +143,7 @@ def check_names(rule: Rule, tables: Sequence[str]) -> None:
 def _columns(table: str) -> list[str]:
     from vrscope.quant.metrics import DAMAGE_COLUMNS
     from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS
+    from vrscope.rescale.bounds import BOUND_COLUMNS
     from vrscope.rescale.describe import MATRIX_COLUMNS, SPACE_COLUMNS
     from vrscope.rescale.reach import REACH_COLUMNS
     from vrscope.stats.depth_law import DEPTH_LAW_COLUMNS
@@ -150,6 +151,7 @@ def _columns(table: str) -> list[str]:
     from vrscope.stats.parts import CHANNEL_COLUMNS, HEAD_COLUMNS
 
     known = {
+        "approximate": BOUND_COLUMNS,
         "channels": CHANNEL_COLUMNS,
         "damage": DAMAGE_COLUMNS,
         "depth_law": DEPTH_LAW_COLUMNS,

@@ -29,6 +29,7 @@ def measure(
     device: str = "auto",
     dtype: str = "float32",
     weights_only: bool = False,
+    revision: str | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Measure what quantization costs, for one or several checkpoints on the same tokens.
@@ -49,6 +50,8 @@ def measure(
         "auto", "cpu" or "cuda"; "float32" or "bfloat16".
     weights_only
         Measure only the error of the weights; no model is run and no tokenizer needed.
+    revision
+        Branch, tag or commit of `model`, if it is a hub id.
 
     Returns
     -------
@@ -57,13 +60,13 @@ def measure(
     """
     started = time.monotonic()
     entries = stages.read_formats(formats)
-    opened = [open_checkpoint(source) for source in (model, *others)]
+    opened = [open_checkpoint(model, revision), *(open_checkpoint(source) for source in others)]
     checkpoints = dict(zip(stages.label_checkpoints(opened), opened, strict=True))
     sample = None if weights_only else stages.read_sample(opened[0], text, tokens)
     tables, columns = stages.fill_damage(checkpoints, entries, sample, (device, dtype), progress)
     _, family = stages.read_roles(opened[0])
     arguments = {"formats": formats, "text": text, "tokens": tokens, "device": device, "dtype": dtype}
-    arguments["weights_only"] = weights_only
+    arguments |= {"weights_only": weights_only, "revision": revision}
     facts = provenance(
         time.monotonic() - started,
         model=str(model),
@@ -120,7 +123,8 @@ def run(
     """
     from vrscope.checkpoint.writer import check_target
     from vrscope.rescale.apply import apply_plan
-    from vrscope.rescale.planning import make_plan
+    from vrscope.rescale.methods import get_method
+    from vrscope.rescale.planning import make_plan, require_approximate
     from vrscope.rescale.profile import profile_weights
     from vrscope.stats.measure import StatOptions
 
@@ -128,7 +132,8 @@ def run(
     entries, options, folder = stages.read_formats(formats), stages.read_options(overrides), Path(out)
     checkpoint = open_checkpoint(model, revision)
     stages.require_new(folder, force)
-    binding = stages.bind_checkpoint(checkpoint, families)
+    require_approximate(get_method(method), options)
+    binding = stages.bind_checkpoint(checkpoint, families, options.approximate)
     # Everything that can be refused is refused before the long work.
     check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
     sample = stages.read_sample(checkpoint, text, tokens)

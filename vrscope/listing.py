@@ -52,7 +52,7 @@ def _families() -> Listing:
 
 
 def _operation(operation: Operation) -> str:
-    if operation.kind == "opaque":
+    if operation.kind in {"opaque", "add"}:  # nothing passes the one; the other only says what shares a stream
         return ""
     spaces = " ".join((*operation.inputs, *(("->", *operation.outputs) if operation.outputs else ())))
     return f"{operation.kind} {spaces.replace('{x}', '')}"

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 EXIT_RULE_BROKEN = 3
 POSITIVE = click.FloatRange(min=0, min_open=True)
-_METHOD_FIELDS = frozenset(
-    ("granularity", "norm", "scales", "target_std", "depth_scaled", "raw", "seed", "limit"),  # of MethodOptions
-)
+_METHOD_FIELDS = frozenset(  # of MethodOptions
+    (
+        "granularity", "norm", "scales", "target_std", "depth_scaled", "raw", "seed", "limit",
+        "approximate", "allow_shrink",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +218,18 @@ def method_options(command: Command) -> Command:
                 help="tvr: the formula of the paper, for training on. NOT the same function.",
             ),
             click.option("--seed", type=int, help="random: seed of the exponents. Default: 0."),
+            click.option(
+                "--approximate",
+                is_flag=True,
+                default=None,
+                help="tvr, random: also enlarge what norms undo up to their eps. Equal up to eps, not to the bit.",
+            ),
+            click.option(
+                "--allow-shrink",
+                is_flag=True,
+                default=None,
+                help="With --approximate: also shrink such inputs, to an eighth at least; eps then counts for more.",
+            ),
         ],
         checked,
     )
@@ -263,6 +278,9 @@ def _check_method(chosen: Mapping[str, Any]) -> None:
             used = ", ".join(_flag(name) for name in method.uses)
             message = f"{_flag(name)} does nothing for method {method.name!r}, which uses {used}."
             raise click.UsageError(message)
+    if "allow_shrink" in chosen and "approximate" not in chosen:
+        message = "--allow-shrink does nothing without --approximate: exact scales shrink anyway."
+        raise click.UsageError(message)
 
 
 def _flag(name: str) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RESULTS_FILE, PAGE_FILE, PLAN_COPY = "results.json", "report.html", "plan.json"
 CSV_TABLES = (
+    "approximate",
     "channels",
     "damage",
     "depth_law",

@@ -37,19 +37,24 @@ DEFAULT_FORMATS = ("int8", "int8-row", "nf4", "fp4", "int4-g64")
 DEFAULT_TOKENS = 2048
 ORIGINAL, RESCALED = "original", "rescaled"
 PROOF_TOKENS = 512  # how much text two models are run on, to show that their logits agree
+EPS_TOLERANCE = 1e-2  # of the largest output; a wrong declaration changes more, an eps that matters may as well
 WORST = 6  # tensors whose histograms are shown
 PROOF_COLUMNS = (
     Column("check", "", "What was compared."),
-    Column("result", "", "bit-equal, equal up to rounding, or not equivalent."),
+    Column("result", "", "bit-equal, equal up to rounding, equal up to eps, or not equivalent."),
     Column("detail", "", "Over how much, and the largest difference."),
 )
 
 
-def bind_checkpoint(checkpoint: Checkpoint, families: str | Path | None = None) -> Binding:
-    """Return the binding of a checkpoint to its family; `families` is a TOML file of more declarations."""
+def bind_checkpoint(checkpoint: Checkpoint, families: str | Path | None = None, approximate: object = None) -> Binding:
+    """Return the binding of a checkpoint to its family.
+
+    `families` is a TOML file of more declarations; anything true as `approximate` adds the spaces that norms undo only
+    up to their eps.
+    """
     from vrscope.arch.binding import bind, declared_families
 
-    return bind(checkpoint, declared_families(None if families is None else Path(families)))
+    return bind(checkpoint, declared_families(None if families is None else Path(families)), bool(approximate))
 
 
 def read_roles(
@@ -139,8 +144,9 @@ def fill_plan(
     profiles: tuple[Profile, Profile],
     formats: Sequence[Format],
 ) -> Filled:
-    """Return the tables "spaces", "matrices", "unreachable" and "reach" of a plan."""
+    """Return the tables "spaces", "matrices", "unreachable" and "reach" of a plan, and "approximate" if it needs it."""
     from vrscope.rescale import describe
+    from vrscope.rescale.bounds import BOUND_COLUMNS, describe_bounds
     from vrscope.rescale.reach import REACH_COLUMNS, reach
 
     tables = {
@@ -155,6 +161,9 @@ def fill_plan(
         "unreachable": describe.UNREACHABLE_COLUMNS,
         "reach": REACH_COLUMNS,
     }
+    if plan.approximate:
+        tables["approximate"] = describe_bounds(binding, plan, profiles[0])
+        columns["approximate"] = BOUND_COLUMNS
     return tables, columns
 
 
@@ -199,13 +208,16 @@ def fill_proof(rows: Sequence[tuple[str, str, str]]) -> Filled:
 
 def weight_proof(checkpoint: Checkpoint, plan: RescalePlan) -> tuple[str, str, str]:
     """Return the row of the table "proof" for a copy whose weights were proved."""
-    from vrscope.rescale.plan import BIT_EQUAL, ROUNDED
+    from vrscope.rescale.plan import NOT_EQUIVALENT, POW2, UP_TO_EPS
 
     count = sum(info.numel for info in checkpoint.tensors.values())
-    how = {
-        BIT_EQUAL: "is the original times the recorded power of two, exactly",
-        ROUNDED: "is the original times the recorded factors, rounded once",
-    }.get(plan.equivalent, "follows the raw TVR formula, which is not function-preserving")
+    how = "is the original times the recorded factors, rounded once"
+    if plan.equivalent == NOT_EQUIVALENT:
+        how = "follows the raw TVR formula, which is not function-preserving"
+    elif plan.scales == POW2:
+        how = "is the original times the recorded power of two, exactly"
+    if plan.equivalent == UP_TO_EPS:
+        how += f"; {len(plan.approximate)} of {len(plan.spaces)} spaces feed norms that undo their scale up to eps"
     return "weights", plan.equivalent, f"each of {count:,} elements in {len(checkpoint.tensors):,} tensors {how}"
 
 
@@ -221,10 +233,11 @@ def compare_outputs(
     Raises
     ------
     VerificationError
-        If the plan promises equal bits and the outputs differ in one.
+        If the plan promises equal bits and the outputs differ in one, or promises them up to eps and in float32 they
+        differ by more than `EPS_TOLERANCE` of the largest output.
     """
     from vrscope.quant.model import compare_logits
-    from vrscope.rescale.plan import BIT_EQUAL
+    from vrscope.rescale.plan import BIT_EQUAL, UP_TO_EPS
 
     device, dtype = where
     found = compare_logits(*pair, sample, device=device, dtype=dtype, progress=progress)
@@ -235,10 +248,17 @@ def compare_outputs(
             "wrong for this checkpoint; do not use the rescaled one, and please report it."
         )
         raise VerificationError(message)
+    if plan.equivalent == UP_TO_EPS and dtype == "float32" and not found.relative <= EPS_TOLERANCE:
+        message = (
+            f"logits in {dtype}: expected outputs equal up to eps, found a difference of {found.relative:.3g} of the "
+            f"largest output on {found.tokens} tokens. Eps matters to this model, or the declaration of family "
+            f"{plan.family!r} is wrong for it; rescale without --approximate."
+        )
+        raise VerificationError(message)
     detail = f"outputs on {found.tokens:,} tokens in {dtype} " + (
         "agree in every bit"
         if found.bit_equal
-        else f"differ by up to {found.max_abs_difference:.3g}"
+        else f"differ by up to {found.max_abs_difference:.3g} ({found.relative:.2g} of the largest)"
         + (f", mean KL {found.mean_kl:.3g} nats" if found.mean_kl == found.mean_kl else "")
     )
     return f"outputs, {dtype}", BIT_EQUAL if found.bit_equal else plan.equivalent, detail

@@ -52,14 +52,33 @@ def _function(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any])
             "NOT EQUIVALENT: raw TVR made one of these checkpoints, and it computes another function than its source."
         )
         return [_say(BAD, text)]
+    if proof is None and equivalent == "equal up to eps":
+        return [
+            _say(NOTE, f"Applied, this plan leaves the model the same function up to eps. {_bound(tables)}"),
+            *findings,
+        ]
     details = "; ".join(proof["detail"]) if proof is not None and len(proof) else ""
     if equivalent == "not equivalent":
         return [_say(BAD, f"NOT EQUIVALENT: the rescaled checkpoint is another function than the original. {details}")]
     if equivalent == "bit-equal":
         text = "The rescaled checkpoint is the same function, bit for bit, in float32 and bfloat16 arithmetic"
+    elif equivalent == "equal up to eps":
+        text = f"The rescaled checkpoint is the same function up to the eps of its norms: {details}. {_bound(tables)}"
+        return [_say(NOTE, text.strip()), *findings]
     else:
         text = "The rescaled checkpoint is the same function up to one rounding per weight (free scales)"
     return [_say(GOOD, f"{text}: {details}." if details else f"{text}."), *findings]
+
+
+def _bound(tables: Mapping[str, pd.DataFrame]) -> str:
+    frame = tables.get("approximate")
+    if frame is None or not frame["changed"].any():
+        return ""
+    worst = frame.nlargest(1, "bound").iloc[0]
+    return (
+        f"Inputs of norms are scaled ({int((frame['changed'] > 0).sum())} of {len(frame)} such spaces); as estimated "
+        f"from the weights, that changes a norm's output by at most {worst['bound']:.2g} of itself ({worst['space']})."
+    )
 
 
 def _damage(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:

@@ -92,6 +92,17 @@ _MATRICES = (
     Shown("target_std", "target", ".4g"),
     Shown("left", "after / target", ".3g"),
 )
+_APPROXIMATE = (
+    Shown("space", "space"),
+    Shown("rule", "rule"),
+    Shown("size", "scales", ".0f"),
+    Shown("changed", "changed", ".0f"),
+    Shown("exponent_min", "lowest k", "g"),
+    Shown("exponent_max", "highest k", "g"),
+    Shown("eps", "eps", ".3g"),
+    Shown("mean_square", "estimated m", ".3g"),
+    Shown("bound", "bound", ".2g"),
+)
 _REACH = (
     Shown("format", "format"),
     Shown("can_change", "can change"),
@@ -241,6 +252,13 @@ def _spaces(title: str, frame: pd.DataFrame, everything: bool) -> None:
     _show(f"{title}, by rule (medians; --all shows every space)", summary, columns)
 
 
+def _approximate(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    if not everything and len(frame) > _FEW:
+        title = f"{title}: of {len(frame)} spaces the {_FEW} with the largest bound (--all shows all)"
+        frame = frame.nlargest(_FEW, "bound")
+    _show(title, frame, _APPROXIMATE)
+
+
 def _matrices(title: str, frame: pd.DataFrame, everything: bool) -> None:
     if everything:
         _show(title, frame, tuple(column for column in _MATRICES if column.name != "role"))
@@ -281,6 +299,7 @@ _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] =
     ("damage", "Damage of the whole model, against the original unquantized one", _damage),
     ("weight_error", "Error of the quantized weights", _weight_error),
     ("spaces", "Scales chosen", _spaces),
+    ("approximate", "Equal up to eps: relative change of a norm's output, estimated from the weights", _approximate),
     ("matrices", "Standard deviations", _matrices),
     ("unreachable", "Cannot be scaled", _unreachable),
     ("reach", "What this plan can change", _whole(_REACH)),

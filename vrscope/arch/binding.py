@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vrscope.arch.approximate import derive_approximate
 from vrscope.arch.flow import TOP, Family, read_families
 from vrscope.arch.graph import Graph, Node, build_graph, config_value, size_of
 from vrscope.arch.layout import Layout, leaves
@@ -39,7 +40,7 @@ class Binding:
     roles
         Role of every tensor of the checkpoint.
     spaces
-        The free spaces, in the order of the layers.
+        The free spaces, in the order of the layers; approximate ones only if they were asked for.
     rigid
         `(space, reason)` for every space that cannot be scaled exactly.
     tied
@@ -114,8 +115,17 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
     raise FamilyError(message)
 
 
-def bind(checkpoint: Checkpoint, declared: tuple[Family, ...] | None = None) -> Binding:
+def bind(checkpoint: Checkpoint, declared: tuple[Family, ...] | None = None, approximate: bool = False) -> Binding:
     """Return the binding of a checkpoint to its family.
+
+    Parameters
+    ----------
+    checkpoint
+        The checkpoint.
+    declared
+        The families to choose from; None = those that ship with vrscope.
+    approximate
+        Whether spaces count whose scales a norm undoes only up to its eps.
 
     Raises
     ------
@@ -143,6 +153,11 @@ def bind(checkpoint: Checkpoint, declared: tuple[Family, ...] | None = None) -> 
     graph = build_graph(family, found, config)
     tied = _tied(family, checkpoint)
     spaces, rigid = derive(graph, config, tied)
+    if approximate:
+        more, reasons = derive_approximate(graph, config, tied and _said_tied(family, checkpoint))
+        spaces += more
+        known = [(name, reasons.get(name, reason)) for name, reason in rigid]
+        rigid = [(name, reason) for name, reason in known if reason is not None]
     spaces.sort(key=lambda space: (space.layer is None, space.layer or 0))
     roles = {role.tensor: role for node in graph.nodes for role in _roles(graph, node, found.prefix)}
     for name in found.ignored:
@@ -160,12 +175,14 @@ def _tied(family: Family, checkpoint: Checkpoint) -> bool:
     """Return whether head and embedding are one; a config that says so is believed, as runtimes may ignore the head."""
     if family.tied is None:
         return False
-    head, _, default = family.tied
+    return _said_tied(family, checkpoint) or f"{family.tied[0]}.weight" not in checkpoint.tensors
+
+
+def _said_tied(family: Family, checkpoint: Checkpoint) -> bool:
+    """Return whether the configuration ties head and embedding; without a head and not tied, the model has none."""
     said = [config.get("tie_word_embeddings") for config in (checkpoint.config, own_config(family, checkpoint.config))]
-    return (
-        next((bool(value) for value in said if value is not None), default)
-        or f"{head}.weight" not in checkpoint.tensors
-    )
+    default = family.tied is not None and family.tied[2]
+    return next((bool(value) for value in said if value is not None), default)
 
 
 def _roles(graph: Graph, node: Node, prefix: str) -> Iterator[TensorRole]:

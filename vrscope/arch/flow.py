@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vrscope.arch.layout import Layout, leaves, parse_layout
+from vrscope.arch.layout import Layout, parse_layout
 from vrscope.errors import FamilyError
 
 if sys.version_info >= (3, 11):
@@ -28,6 +28,8 @@ else:  # the same parser, before it joined the standard library
 TOP = "top"  # the scope of lines that stand outside every stack of layers
 OPERATIONS = {"dot": (2, 0), "pass": (1, 1), "gated": (2, 1), "act": (1, 1), "add": (1, 1)}  # inputs, outputs
 OPAQUE = "opaque"  # any number of both
+RIGID, RESIDUAL = "rigid", "residual"
+KINDS = (RIGID, RESIDUAL)  # of spaces: no scale at all, or one that every layer's writers share
 _LINE = re.compile(r"(?:(?P<kind>embed|norm|conv)(?:\[(?P<axes>[^\]]*)\])?\s+)?(?P<reads>.+?)\s*->\s*(?P<writes>.+)")
 
 
@@ -55,6 +57,8 @@ class Line:
         "w", or "1+w" where the stored gain is the real one minus one.
     axes
         For a norm, the axes it normalises over and its gain runs along; empty = the whole space.
+    eps
+        For a norm, where its eps stands: alternatives parted by `|`, each a configuration key or a number.
     suffixes
         Names of weight and bias, behind the stem; the weight's may be empty (`{x}.down_proj_bias`).
     """
@@ -69,6 +73,7 @@ class Line:
     bias: str
     gain: str
     axes: tuple[str, ...]
+    eps: str
     suffixes: tuple[tuple[str, ...], tuple[str, ...]]
 
 
@@ -114,7 +119,8 @@ class Family:
     operations
         Operations, tried in every scope.
     spaces
-        Space name to `(axes, rigid)`; a name with a placeholder stands for every index.
+        Space name to `(axes, kind)`; a name with a placeholder stands for every index. The kind is "" or one of
+        `KINDS`.
     sizes
         Axis to the expression that gives its size from the configuration.
     rope
@@ -145,7 +151,7 @@ class Family:
     stacks: Mapping[str, Stack]
     lines: Mapping[str, tuple[Line, ...]]
     operations: tuple[Operation, ...]
-    spaces: Mapping[str, tuple[tuple[str, ...], bool]]
+    spaces: Mapping[str, tuple[tuple[str, ...], str]]
     sizes: Mapping[str, str]
     rope: str
     rotary: str
@@ -182,6 +188,7 @@ DEFAULTS: Mapping[str, Any] = {
     "bias": "optional",
     "norm_bias": "none",
     "gain": "w",
+    "eps": "",
 }
 
 
@@ -292,7 +299,7 @@ def _family(name: str, table: Mapping[str, Any], prelude: Mapping[str, Any]) -> 
             for scope in (TOP, *get["stacks"])
         },
         operations=tuple(_operation(f"[{name}].op.{key}", key, text) for key, text in get["op"].items()),
-        spaces={_unnumbered(key): _space(f"[{name}].spaces.{key}", text) for key, text in spaces.items()},
+        spaces={unnumbered(key): _space(f"[{name}].spaces.{key}", text) for key, text in spaces.items()},
         sizes=dict(prelude.get("sizes", {})) | get["sizes"],
         rope=_one_of(f"[{name}].rope", get["rope"], ("half", "interleaved", "none")),
         rotary=str(get["rotary"] or prelude.get("rotary", "1")),
@@ -316,7 +323,7 @@ def _stack(where: str, table: Mapping[str, Any]) -> Stack:
 
 def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[str, Any]) -> Line:
     options = {"flow": value} if isinstance(value, str) else dict(value)
-    unknown = set(options) - {"flow", "dims", "bias", "gain", "weight", "shift"}
+    unknown = set(options) - {"flow", "dims", "bias", "gain", "eps", "weight", "shift"}
     flow = str(options.get("flow", ""))
     match = _LINE.fullmatch(flow.strip())
     (stem, optional, group), where = key.partition("?"), f"{where}.{key!r}"
@@ -327,7 +334,7 @@ def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[
     kind = "fixed" if match is None else match["kind"] or "linear"
     norm = kind == "norm"
     dims = {"embed": "in out", "norm": "out", "conv": "out single taps"}.get(kind, family["dims"])
-    bias = options.get("bias", "optional" if kind == "fixed" else family["norm_bias"] if norm else family["bias"])
+    usual = {"fixed": "optional", "embed": "none", "norm": family["norm_bias"]}.get(kind, family["bias"])
     return Line(
         stem=stem,
         kind=kind,
@@ -336,9 +343,10 @@ def _line(where: str, key: str, value: str | Mapping[str, Any], family: Mapping[
         required=not optional,
         group=group,
         dims=tuple(str(options.get("dims", dims)).split()),
-        bias="none" if kind == "embed" else _one_of(f"{where}.bias", bias, ("none", "optional", "required")),
+        bias=_one_of(f"{where}.bias", options.get("bias", usual), ("none", "optional", "required")),
         gain=_one_of(f"{where}.gain", options.get("gain", family["gain"] if norm else "w"), ("w", "1+w")),
         axes=tuple((match["axes"] or "").split()) if match is not None else (),
+        eps=str(options.get("eps", family["eps"])) if norm else "",
         suffixes=(
             (options["weight"],) if "weight" in options else (".weight", ".gamma") if norm else (".weight", ""),
             (options["shift"],) if "shift" in options else (".bias", ".beta") if norm else (".bias",),
@@ -358,12 +366,12 @@ def _operation(where: str, name: str, text: str) -> Operation:
     return Operation(name, kind, tuple(inputs), tuple(outputs), rope)
 
 
-def _space(where: str, text: str) -> tuple[tuple[str, ...], bool]:
+def _space(where: str, text: str) -> tuple[tuple[str, ...], str]:
     words = text.split()
     if not words or not all(re.fullmatch(r"[A-Za-z]\w*", word) for word in words):
-        message = f"{where}: expected axis names, and optionally 'rigid', found {text!r}."
+        message = f"{where}: expected axis names, and optionally {' or '.join(KINDS)}, found {text!r}."
         raise FamilyError(message)
-    return tuple(word for word in words if word != "rigid"), "rigid" in words
+    return tuple(word for word in words if word not in KINDS), next((word for word in words if word in KINDS), "")
 
 
 def _one_of(where: str, value: str, known: tuple[str, ...]) -> str:
@@ -373,19 +381,6 @@ def _one_of(where: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _unnumbered(name: str) -> str:
+def unnumbered(name: str) -> str:
+    """Return the name of a space with its placeholders emptied: how a family declares it."""
     return re.sub(r"\{[^}]*\}", "{}", name)
-
-
-def space_axes(family: Family, template: str) -> tuple[tuple[str, ...], bool]:
-    """Return the axes of a space named in a declaration, and whether it is declared rigid.
-
-    A space that is not declared has one axis, of its own name: nothing can be shared with it by accident.
-    """
-    return family.spaces.get(_unnumbered(template), ((_unnumbered(template).replace("{}", ""),), False))
-
-
-def space_templates(line: Line) -> tuple[tuple[str, ...], ...]:
-    """Return the alternatives of every leaf a line reads or writes."""
-    sides = [side for side in (line.reads, line.writes) if side is not None]
-    return tuple(leaf.names for side in sides for leaf in leaves(side))

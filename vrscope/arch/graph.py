@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.flow import TOP, Family, Line, Operation, space_axes, space_templates
+from vrscope.arch.flow import TOP, Family, Line, Operation, unnumbered
 from vrscope.arch.layout import Layout, choose, leaves, length, positions
 from vrscope.arch.match import Claimed, Indices, Match
 from vrscope.checkpoint.source import TensorInfo
@@ -50,13 +50,13 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """All nodes and edges of a checkpoint, the axes of every space, and the axis sizes of every scope."""
+    """All nodes and edges of a checkpoint, axes and kind of every space, and the axis sizes of every scope."""
 
     family: Family
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     axes: Mapping[str, tuple[str, ...]]
-    rigid: frozenset[str]
+    kinds: Mapping[str, str]
     sizes: Mapping[Scope, Mapping[str, int]]
     paths: Mapping[Scope, str]
 
@@ -68,6 +68,20 @@ class Graph:
 def batch_axes(line: Line) -> tuple[str, ...]:
     """Return the axes that a weight stores as dimensions of their own, such as the experts of a fused tensor."""
     return tuple(what for what in line.dims if what not in {"out", "in"})
+
+
+def space_axes(family: Family, template: str) -> tuple[tuple[str, ...], str]:
+    """Return the axes of a space named in a declaration, and its kind.
+
+    A space that is not declared has one axis, of its own name: nothing can be shared with it by accident.
+    """
+    return family.spaces.get(unnumbered(template), ((unnumbered(template).replace("{}", ""),), ""))
+
+
+def space_templates(line: Line) -> tuple[tuple[str, ...], ...]:
+    """Return the alternatives of every leaf a line reads or writes."""
+    sides = [side for side in (line.reads, line.writes) if side is not None]
+    return tuple(leaf.names for side in sides for leaf in leaves(side))
 
 
 def config_value(config: Mapping[str, Any], key: str) -> Any:
@@ -125,7 +139,7 @@ class _Builder:
         }
         self.names: dict[tuple[str, Scope, Indices], str] = {}
         self.axes: dict[str, tuple[str, ...]] = {}
-        self.rigid: set[str] = set()
+        self.kinds: dict[str, str] = {}
         self.top: dict[str, int] = {}
         self.local: dict[Scope, dict[str, int]] = {}
 
@@ -146,7 +160,7 @@ class _Builder:
             nodes,
             edges,
             self.axes,
-            frozenset(self.rigid),
+            self.kinds,
             {scope: dict(self._sizes(scope)) for scope in scopes},
             {scope: self._path(scope) for scope in scopes},
         )
@@ -187,9 +201,7 @@ class _Builder:
             text = text.replace("{i+1}", str(scope[1] + 1))
         text = re.sub(r"\{(\d+)\}", r"\1", text)
         full = text if shared else f"{self._path(scope)}:{text}"
-        self.axes[full], rigid = space_axes(self.family, template)
-        if rigid:
-            self.rigid.add(full)
+        self.axes[full], self.kinds[full] = space_axes(self.family, template)
         return full
 
     def _resolve(self, claims: list[Claimed]) -> tuple[Node, ...]:

@@ -8,7 +8,6 @@ on its input. Spaces tied together this way share one free vector, on the axes t
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.graph import Edge, Graph, Node, config_value, extent, values_of
+from vrscope.arch.flow import RESIDUAL
+from vrscope.arch.graph import Edge, Graph, Node, extent, values_of
 from vrscope.arch.layout import leaves
+from vrscope.arch.ties import Ties, head_inputs, tie_operations
 from vrscope.errors import FamilyError
 
 RULES = {"dot": "q.k", "gated": "up.down", "act": "fc1.fc2", "pass": "v.o"}  # named after the operation that ties it
 NORM_FOLD, GAIN_PAIR, FREE = "norm fold", "q.k gains", "linear"
-RESIDUAL = "the residual stream: every layer adds to it, and norms would undo a scale only up to their eps"
+STREAM = "the residual stream: every layer adds to it, and norms would undo a scale only up to their eps"
 OUTPUT = "an output that is used as it is"
-HOMOGENEOUS = {"relu": 1, "relu2": 2, "relu_squared": 2}  # act(s x) = s^degree act(x) for s > 0
+USED = "used as it is by more than the tensors that read it"
+TIED = "feeds the output head, which is the embedding matrix (tied) or not in the file"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +53,29 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Limit:
+    """What limits an approximate space: the norms on its input side undo its scale only up to their eps.
+
+    Attributes
+    ----------
+    eps
+        The largest eps of these norms.
+    power
+        The largest power with which a norm's input follows the scale.
+    inputs
+        Matrix that writes the space to the gain (and bias) of the norm that feeds it; a matrix that no norm feeds is
+        missing.
+    one_plus
+        Those gains that are stored minus one.
+    """
+
+    eps: float
+    power: int
+    inputs: Mapping[str, tuple[str, ...]]
+    one_plus: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Space:
     """One free vector of scales of a checkpoint.
 
@@ -59,7 +84,8 @@ class Space:
     name
         Path of the layer, then the space: "model.layers.0:v".
     rule
-        What ties it: "q.k", "v.o", "up.down", "fc1.fc2", "norm fold", "q.k gains".
+        What ties it: "q.k", "v.o", "up.down", "fc1.fc2", "norm fold", "q.k gains"; of approximate spaces "absorb" or
+        "residual".
     layer
         Layer number, None outside the layers.
     size
@@ -70,6 +96,8 @@ class Space:
         Names of these axes: g KV group, d channel of a head ("pair" where RoPE ties two), F, E, x.
     terms
         Every tensor that must follow.
+    limit
+        None if any scale is exact; else what limits it.
     """
 
     name: str
@@ -79,6 +107,7 @@ class Space:
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     terms: tuple[Term, ...]
+    limit: Limit | None = None
 
     @property
     def exact(self) -> bool:
@@ -98,14 +127,14 @@ def derive(graph: Graph, config: Mapping[str, Any], tied: bool) -> tuple[list[Sp
     tied
         Whether the output head is the embedding matrix.
     """
-    ties = _Ties(graph)
+    ties = Ties(graph)
     read = {leaf.names[0] for node in graph.nodes if node.reads is not None for leaf in leaves(node.reads)}
     for name in ties.group:
-        if name in graph.rigid:
-            ties.block(name, RESIDUAL if name in read else OUTPUT)
-    _block_by_operations(graph, ties, config)
+        if graph.kinds.get(name):
+            ties.block(name, STREAM if graph.kinds[name] == RESIDUAL else USED if name in read else OUTPUT)
+    tie_operations(graph, ties, config)
     _block_by_use(graph, ties, tied)
-    uses, edges = _index(graph)
+    uses, edges = index_uses(graph)
     spaces: list[Space] = []
     rigid: list[tuple[str, str]] = []
     for members in ties.groups():
@@ -114,14 +143,14 @@ def derive(graph: Graph, config: Mapping[str, Any], tied: bool) -> tuple[list[Sp
             rigid.extend((name, reason) for name in members)
         else:
             at = {number: edge for name in members for number, edge in edges[name]}
-            spaces.append(_space(graph, members, uses, [at[number] for number in sorted(at)], config))
+            spaces.append(make_space(graph, members, uses, [at[number] for number in sorted(at)], config))
     return spaces, rigid
 
 
 Side = tuple[int, Node, str, int]  # number of the node, node, "out" or "in", sign of the power
 
 
-def _index(graph: Graph) -> tuple[dict[str, list[Side]], dict[str, list[tuple[int, Edge]]]]:
+def index_uses(graph: Graph) -> tuple[dict[str, list[Side]], dict[str, list[tuple[int, Edge]]]]:
     """Return for every space the sides of nodes, and the operations, that write or read it."""
     uses: dict[str, list[Side]] = defaultdict(list)
     for number, node in enumerate(graph.nodes):
@@ -136,106 +165,53 @@ def _index(graph: Graph) -> tuple[dict[str, list[Side]], dict[str, list[tuple[in
     return uses, edges
 
 
-class _Ties:
-    """Spaces tied into groups, each member with the power at which it carries the group's scale."""
-
-    def __init__(self, graph: Graph) -> None:
-        sides = [node.reads for node in graph.nodes if node.line.kind != "embed"] + [
-            node.writes for node in graph.nodes
-        ]
-        names = {leaf.names[0] for side in sides if side is not None for leaf in leaves(side)}
-        names |= {space for edge in graph.edges for space in (*edge.inputs, *edge.outputs)}
-        self.group = {name: {name: 1} for name in sorted(names)}
-        self.blocked: dict[str, str] = {}
-
-    def tie(self, first: str, second: str, power: int) -> None:
-        """Let `second` carry the scale of `first` to `power`."""
-        ours, theirs = self.group[first], self.group[second]
-        factor = ours[first] * power * theirs[second]  # powers of a fresh member are 1
-        for name, own in theirs.items():
-            ours[name] = factor * own
-            self.group[name] = ours
-
-    def block(self, name: str, reason: str) -> None:
-        self.blocked.setdefault(name, reason)
-
-    def groups(self) -> list[dict[str, int]]:
-        return list({id(group): group for group in self.group.values()}.values())
+def _block_by_use(graph: Graph, ties: Ties, tied: bool) -> None:
+    for node in graph.nodes:
+        for leaf in leaves(node.reads) if node.reads is not None and node.line.kind == "norm" else ():
+            ties.block(leaf.names[0], "goes into a norm, which undoes a scale only up to its eps")
+    block_ends(graph, ties, dict.fromkeys(head_inputs(graph), TIED) if tied else {})
 
 
-def _block_by_operations(graph: Graph, ties: _Ties, config: Mapping[str, Any]) -> None:
-    for edge in graph.edges:
-        kind = edge.operation.kind
-        if kind == "dot":
-            ties.tie(edge.inputs[0], edge.inputs[1], -1)
-        elif kind == "pass":
-            ties.tie(edge.inputs[0], edge.outputs[0], 1)
-        elif kind == "gated":
-            ties.block(edge.inputs[0], "feeds the activation of a gate, which no scale passes through")
-            ties.tie(edge.inputs[1], edge.outputs[0], 1)
-        elif kind == "act":
-            name = _activation(graph, config)
-            degree = HOMOGENEOUS.get(name)
-            if degree is None:
-                for space in (*edge.inputs, *edge.outputs):
-                    ties.block(space, f"activation {name}: no scale passes through it")
-            else:
-                ties.tie(edge.inputs[0], edge.outputs[0], degree)
-        elif kind == "opaque":
-            for space in (*edge.inputs, *edge.outputs):
-                ties.block(space, f"at the {edge.operation.name.replace('_', ' ')}, which no scale passes through")
-        else:
-            for space in (*edge.inputs, *edge.outputs):
-                ties.block(space, "added to another stream, which would need the same scale")
-
-
-def _activation(graph: Graph, config: Mapping[str, Any]) -> str:
-    """Return the first activation that the configuration names; a quoted alternative is the name itself."""
-    for word in (graph.family.act or "").split("|"):
-        name = word.strip().strip("'") if "'" in word else config_value(config, word.strip())
-        if isinstance(name, str):
-            return name
-    return "unknown"
-
-
-def _block_by_use(graph: Graph, ties: _Ties, tied: bool) -> None:
+def block_ends(graph: Graph, ties: Ties, heads: Mapping[str, str]) -> None:
+    """Block what nothing reads or nothing writes; `heads` holds the input of a head, with the reason to block it."""
     written, read = set[str](), set[str]()
     for node in graph.nodes:
-        for leaf in leaves(node.writes) if node.writes is not None else ():
-            written.add(leaf.names[0])
-        for leaf in leaves(node.reads) if node.reads is not None else ():
-            read.add(leaf.names[0])
-            if node.line.kind == "norm":
-                ties.block(leaf.names[0], "goes into a norm, which undoes a scale only up to its eps")
+        for side, names in ((node.writes, written), (node.reads, read)):
+            names |= {leaf.names[0] for leaf in leaves(side)} if side is not None else set()
     written |= {space for edge in graph.edges for space in edge.outputs}
     read |= {space for edge in graph.edges for space in edge.inputs}
-    heads = _head_inputs(graph)
     for name in ties.group:
-        if name in heads and tied:
-            ties.block(name, "feeds the output head, which is the embedding matrix (tied) or not in the file")
+        if name in heads:
+            if heads[name]:
+                ties.block(name, heads[name])
         elif name not in read:
             ties.block(name, "an output of the model")
         elif name not in written:
             ties.block(name, "written by nothing that carries a scale")
 
 
-def _head_inputs(graph: Graph) -> set[str]:
-    """Return the spaces that feed the output head: those the head reads, or the last ones nobody else reads."""
-    if graph.family.tied is None:
-        return set()
-    for line in graph.family.lines["top"]:
-        if line.stem == graph.family.tied[0] and line.reads is not None:
-            return {re.sub(r"\{(\d+)\}", r"\1", name) for leaf in leaves(line.reads) for name in leaf.names}
-    return set()
-
-
-def _space(
+def make_space(
     graph: Graph,
-    members: dict[str, int],
+    members: Mapping[str, int],
     sides: Mapping[str, list[Side]],
     edges: list[Edge],
     config: Mapping[str, Any],
 ) -> Space:
+    """Return the space of a group of spaces that share a scale, each to its power.
+
+    Parameters
+    ----------
+    graph
+        The dataflow.
+    members
+        Member to power.
+    sides
+        From `index_uses`: the sides of tensors that write or read each space.
+    edges
+        The operations that write or read a member, in order.
+    config
+        The checkpoint's configuration (rotary share).
+    """
     name = next((space for edge in edges for space in edge.inputs if space in members), min(members))
     uses = _uses(graph, members, sides)
     axes = [axis for axis in graph.axes[name] if all(axis in have for _, _, _, _, have in uses)]
@@ -333,7 +309,9 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
     view = [size if at in kept else 1 for at, size in enumerate(node.weight.shape)]
     terms = [Term(node.weight.name, flat.reshape(view), power, node.line.gain if side == "out" else "w")]
     if side == "out" and node.bias is not None:
-        terms.append(Term(node.bias.name, flat.reshape(node.bias.shape), power, "w"))
+        shared = len(node.bias.shape) - flat.ndim  # a bias per expert, where the space is the same for all
+        own = node.bias.shape if flat.size == node.bias.numel else (*[1] * shared, *flat.shape)
+        terms.append(Term(node.bias.name, flat.reshape(own), power, "w"))
     return terms
 
 

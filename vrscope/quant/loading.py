@@ -174,7 +174,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise ModelError(message) from error
 
 
-def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
+def load_model(checkpoint: Checkpoint, device: str, dtype: str, *, eps: bool = True) -> LoadedModel:
     """Return the checkpoint's model in float32 or bfloat16.
 
     Parameters
@@ -183,6 +183,8 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
         As `resolve_device` returns it.
     dtype
         "float32" or "bfloat16": what weights are converted to and computed in.
+    eps
+        Whether its norms add their eps.
 
     Raises
     ------
@@ -240,7 +242,17 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> LoadedModel:
         )
         raise ModelError(message)
     model.requires_grad_(requires_grad=False)
+    if not eps:
+        remove_eps(model)
     return LoadedModel(checkpoint.name, model.eval().to(device), causal, device)
+
+
+def remove_eps(model: Any) -> None:
+    """Set the eps of every norm of a model to zero."""
+    for module in model.modules():
+        for name in ("eps", "variance_epsilon"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def release() -> None:

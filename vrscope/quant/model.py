@@ -57,6 +57,8 @@ class LogitComparison:
         Positions compared.
     dtype
         What the models were run in.
+    largest
+        Largest magnitude of the first one's outputs.
     """
 
     bit_equal: bool
@@ -64,6 +66,12 @@ class LogitComparison:
     mean_kl: float
     tokens: int
     dtype: str
+    largest: float = math.nan
+
+    @property
+    def relative(self) -> float:
+        """The largest difference over the largest output."""
+        return self.max_abs_difference / self.largest if self.largest > 0 else self.max_abs_difference
 
 
 def measure_model(
@@ -137,6 +145,7 @@ def compare_logits(
     *,
     device: str = "auto",
     dtype: str = "float32",
+    eps: bool = True,
     progress: Progress = silent,
 ) -> LogitComparison:
     """Run two checkpoints unquantized on the same windows and compare their outputs bit for bit.
@@ -149,6 +158,8 @@ def compare_logits(
         From `make_sample`.
     device, dtype
         As in `measure_model`. bfloat16 outputs are compared after conversion to float32, which is one to one.
+    eps
+        Whether norms add their eps; without it, what they undo only up to eps they undo exactly.
 
     Raises
     ------
@@ -159,13 +170,16 @@ def compare_logits(
 
     where = resolve_device(device)
     with Spool() as spool:
-        loaded = load_model(first, where, dtype)
+        loaded = load_model(first, where, dtype, eps=eps)
+        size = 0.0
         for index, window in enumerate(sample.windows):
-            spool.append(loaded.run(window))
+            output = loaded.run(window)
+            size = float(np.maximum(size, float(output.abs().max())))
+            spool.append(output)
             progress(f"running {first.name}", _tokens_until(sample, index), sample.tokens, "tokens")
         del loaded
         release()
-        loaded = load_model(second, where, dtype)
+        loaded = load_model(second, where, dtype, eps=eps)
         equal, largest, kl = True, 0.0, []
         for index, window in enumerate(sample.windows):
             found = loaded.run(window)
@@ -177,7 +191,7 @@ def compare_logits(
                 kl.append(compare_predictions(expected, found, window).kl)
             progress(f"running {second.name}", _tokens_until(sample, index), sample.tokens, "tokens")
     mean_kl = float(np.concatenate(kl).mean()) if kl else math.nan
-    return LogitComparison(equal, largest, mean_kl, sample.tokens, dtype)
+    return LogitComparison(equal, largest, mean_kl, sample.tokens, dtype, size)
 
 
 def _row(name: str, entry: Format | None, sample: TextSample, figures: Mapping[str, float]) -> dict[str, object]:

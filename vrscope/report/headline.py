@@ -20,6 +20,12 @@ _BADGES = {
         "Equal up to rounding",
         "The rescaled checkpoint computes the same function except for the rounding of stored weights.",
     ),
+    "equal up to eps": (
+        "note",
+        "Equal up to eps",
+        "The rescaled checkpoint computes the same function except for the eps that its norms add, because inputs of "
+        "norms were scaled too.",
+    ),
     "not equivalent": (
         "bad",
         "NOT EQUIVALENT",

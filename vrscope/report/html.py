@@ -31,6 +31,7 @@ _BUILDERS = (
     tails.histograms,
     tensors.tensors,
     record.spaces,
+    record.approximate,
     record.proof,
     rounding.weight_error,
     record.provenance,

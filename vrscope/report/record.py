@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SHOWN = frozenset(
     {
         "damage", "weight_error", "tensors", "depth_law", "histograms", "spaces", "matrices", "unreachable", "reach",
-        "proof",
+        "proof", "approximate",
     }
 )  # fmt: skip
 _KNOWN = (
@@ -60,6 +60,27 @@ def spaces(report: Report) -> Section | None:
     done = f"{sum(c is True for c in changed)} of {number(len(changed))} spaces changed"
     table = Table("Spaces of the plan", tuple(heads), tuple(rows), fold=f"Show all: {done}")
     return Section("plan", "The plan, space by space", lead, (*_rules(frame, changed), table))
+
+
+def approximate(report: Report) -> Section | None:
+    """Return the bound of every space whose scale a norm undoes only up to its eps."""
+    frame = frame_of(report, "approximate")
+    if frame is None:
+        return None
+    columns = ("size", "changed", "exponent_min", "exponent_max", "eps", "mean_square", "bound")
+    data = [numbers(frame, name) for name in columns]
+    heads = [head(report, "approximate", name, numeric=False) for name in ("space", "rule")]
+    heads += [head(report, "approximate", name) for name in columns]
+    rows = [
+        (Cell(space, "name"), Cell(rule), *(Cell(number(column[k]), "num") for column in data))
+        for k, (space, rule) in enumerate(zip(texts(frame, "space"), texts(frame, "rule"), strict=True))
+    ]
+    lead = (
+        "The plan also scales inputs of norms, which undo a scale s except for the eps they add: the output changes by "
+        "at most eps/2 |1/(s²m) − 1/m| of itself. The mean square m of the input is estimated from the weights, with "
+        "channels taken for independent; what the outputs of the whole model do is in the proof."
+    )
+    return Section("approximate", "Equal up to eps", lead, (Table("Bounds", tuple(heads), tuple(rows), titled=False),))
 
 
 def _rules(frame: pd.DataFrame, changed: list[bool | None]) -> tuple[Block, ...]:

@@ -100,7 +100,7 @@ def _range(exponents: NDArray[Any]) -> dict[str, float]:
 
 def _imbalance(space: Space, profile: Profile) -> float:
     """Return the geometric mean over channels of the larger side's norm over the smaller; NaN where a side has none."""
-    if space.rule in {NORM_FOLD, GAIN_PAIR}:
+    if space.rule in {NORM_FOLD, GAIN_PAIR} or space.limit is not None:
         return float("nan")
     writers, readers = side_sizes(space, profile, "frobenius")
     used = (writers > 0) & (readers > 0)

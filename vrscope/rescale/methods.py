@@ -21,6 +21,7 @@ from vrscope.rescale.plan import POW2
 from vrscope.rescale.profile import Profile, side_sizes
 
 Exponents = Mapping[str, NDArray[np.float64]]
+SHRINK = -3  # log2: below an eighth, the error through eps, which grows with the square, soon shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ class MethodOptions:
         random: seed of the generator.
     limit
         Largest |log2 scale| of a single space.
+    approximate
+        tvr, random: also scale what a norm undoes up to its eps; by at least 1, where its eps only fades.
+    allow_shrink
+        With `approximate`: also shrink the inputs of norms, to no less than `SHRINK`.
     """
 
     granularity: Literal["tensor", "head", "channel"] = "channel"
@@ -55,6 +60,8 @@ class MethodOptions:
     raw: bool = False
     seed: int = 0
     limit: int = 6
+    approximate: bool = False
+    allow_shrink: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -101,6 +108,14 @@ def usable_spaces(binding: Binding, scales: str) -> tuple[Space, ...]:
     return tuple(space for space in binding.spaces if space.exact or scales != POW2)
 
 
+def reach_of(space: Space, options: MethodOptions) -> tuple[int, int]:
+    """Return the smallest and largest log2 scale that a space may have."""
+    if space.limit is None:
+        return -options.limit, options.limit
+    lowest = max(-options.limit, -(-SHRINK // space.limit.power)) if options.allow_shrink else 0
+    return lowest, options.limit
+
+
 def wisca(situation: Situation) -> Exponents:
     """Balance the two matrices that meet in a product (q.k, v.o, up.down): equal norms on both sides.
 
@@ -110,7 +125,7 @@ def wisca(situation: Situation) -> Exponents:
     """
     chosen = {}
     for space in situation.spaces:
-        if space.rule in {NORM_FOLD, GAIN_PAIR}:
+        if space.rule in {NORM_FOLD, GAIN_PAIR} or space.limit is not None:
             continue
         degree = max(abs(term.power) for term in space.terms)
         writers, readers = (
@@ -147,9 +162,12 @@ def tvr(situation: Situation) -> Exponents:
     system = tvr_system(situation)
     if not system.matrix.size:
         return {}
+    low, high = np.array([reach_of(space, situation.options) for space in situation.spaces], np.float64).T
     solution = np.linalg.lstsq(system.matrix, system.wanted, rcond=None)[0]
+    if any(space.limit is not None for space in situation.spaces):
+        solution = _bounded(system, low, high)
     if situation.options.scales == POW2:
-        solution = _integer_descent(system.matrix, system.wanted, np.round(solution), situation.options.limit)
+        solution = _integer_descent(system.matrix, system.wanted, np.round(solution), (low, high))
     return {
         space.name: np.full(space.size, value)
         for space, value in zip(situation.spaces, solution, strict=True)
@@ -221,17 +239,32 @@ def target_std(options: MethodOptions, layer: int | None) -> float:
     return options.target_std / np.sqrt((layer or 0) + 1) if options.depth_scaled else options.target_std
 
 
+def _bounded(system: TvrSystem, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the least-squares solution within bounds; where several are equally good, one near zero."""
+    from scipy.optimize import lsq_linear
+
+    count, small = len(low), 1e-4
+    matrix = np.vstack([system.matrix, small * np.eye(count)])
+    wanted = np.append(system.wanted, np.zeros(count))
+    outside = np.spacing(1.0)  # the bounds have to differ where the limit is 0
+    solution: NDArray[np.float64] = lsq_linear(matrix, wanted, (low - outside, high + outside), method="bvls").x
+    return np.clip(solution, low, high)
+
+
 def _integer_descent(
-    matrix: NDArray[np.float64], wanted: NDArray[np.float64], start: NDArray[np.float64], limit: int
+    matrix: NDArray[np.float64],
+    wanted: NDArray[np.float64],
+    start: NDArray[np.float64],
+    bounds: tuple[NDArray[np.float64], NDArray[np.float64]],
 ) -> NDArray[np.float64]:
     """Return integers near the least-squares optimum: single steps of one, as long as one makes the error smaller."""
-    best = np.clip(start, -limit, limit)
+    best = np.clip(start, *bounds)
     left = wanted - matrix @ best
     norms = (matrix**2).sum(axis=0)
     for _ in range(100 * max(1, best.size)):
         gain = 2 * np.abs(matrix.T @ left) - norms  # fall of the squared error for a step of one
         step = np.sign(matrix.T @ left)
-        gain[(np.abs(best + step) > limit) | (norms == 0)] = -np.inf
+        gain[(best + step < bounds[0]) | (best + step > bounds[1]) | (norms == 0)] = -np.inf
         column = int(np.argmax(gain))
         if gain[column] <= 1e-9:
             break
@@ -243,10 +276,16 @@ def _integer_descent(
 def random(situation: Situation) -> Exponents:
     """Put random scales on every channel of every space: whatever declaration is wrong, the logits will show it."""
     generator = np.random.default_rng(situation.options.seed)
-    reach = min(situation.options.limit, 3)
-    if situation.options.scales == POW2:
-        return {s.name: generator.integers(-reach, reach + 1, s.size).astype(np.float64) for s in situation.spaces}
-    return {s.name: generator.uniform(-min(reach, 2), min(reach, 2), s.size) for s in situation.spaces}
+    pow2 = situation.options.scales == POW2
+    most = min(situation.options.limit, 3 if pow2 else 2)
+    chosen = {}
+    for space in situation.spaces:
+        low, high = np.clip(reach_of(space, situation.options), -most, most)
+        if space.limit is not None and low == 0:
+            low = min(1, high)  # a norm has one scale or few; left at 1, they would test nothing
+        drawn = generator.integers(low, high + 1, space.size) if pow2 else generator.uniform(low, high, space.size)
+        chosen[space.name] = drawn.astype(np.float64)
+    return chosen
 
 
 METHODS: tuple[Method, ...] = (
@@ -260,13 +299,13 @@ METHODS: tuple[Method, ...] = (
         "tvr",
         "Brings the std of every matrix as near to a target as exact scales reach; with raw, the paper's formula, "
         "which is not equivalent.",
-        ("target_std", "depth_scaled", "raw", "scales", "limit"),
+        ("target_std", "depth_scaled", "raw", "scales", "limit", "approximate", "allow_shrink"),
         tvr,
     ),
     Method(
         "random",
         "Random scales on every space: the self-test of a family.",
-        ("seed", "scales", "limit"),
+        ("seed", "scales", "limit", "approximate", "allow_shrink"),
         random,
     ),
 )

@@ -23,7 +23,8 @@ from vrscope.tables import write_text
 PLAN_FILE = "vrscope_plan.json"
 PLAN_VERSION = 1
 POW2, FREE = "pow2", "free"
-BIT_EQUAL, ROUNDED, NOT_EQUIVALENT = "bit-equal", "equal up to rounding", "not equivalent"
+BIT_EQUAL, ROUNDED, UP_TO_EPS = "bit-equal", "equal up to rounding", "equal up to eps"
+NOT_EQUIVALENT = "not equivalent"
 _RUN = re.compile(r"(-?\d+)(?:x(\d+))?")
 
 
@@ -47,6 +48,8 @@ class RescalePlan:
         For raw TVR only: tensor name to `(scale, shift)`, `w' = scale * w + shift`. Never function-preserving.
     zeroed
         For raw TVR only: biases that are set to zero.
+    approximate
+        Those of `spaces` whose scale a norm undoes only up to its eps, each with that eps.
     """
 
     family: str
@@ -58,22 +61,33 @@ class RescalePlan:
     result: str = ""
     affine: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     zeroed: tuple[str, ...] = ()
+    approximate: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def equivalent(self) -> str:
-        """What the rescaled model computes: "bit-equal", "equal up to rounding" or "not equivalent"."""
+        """What the rescaled model computes.
+
+        "bit-equal", "equal up to rounding" (free scales), "equal up to eps" (an approximate space is scaled, by powers
+        of two or not), or "not equivalent".
+        """
         if self.affine or self.zeroed:
             return NOT_EQUIVALENT
+        if any(np.any(self.spaces[name] != self.neutral) for name in self.approximate if name in self.spaces):
+            return UP_TO_EPS
         return BIT_EQUAL if self.scales == POW2 else ROUNDED
+
+    @property
+    def neutral(self) -> float:
+        """The entry of a space that changes nothing."""
+        return 0 if self.scales == POW2 else 1.0
 
     @property
     def changed(self) -> int:
         """Number of scales that are not 1; for raw TVR, of tensors that are not what they were."""
-        neutral = 0 if self.scales == POW2 else 1.0
         return (
             len(self.affine)
             + len(self.zeroed)
-            + sum(int(np.count_nonzero(values != neutral)) for values in self.spaces.values())
+            + sum(int(np.count_nonzero(values != self.neutral)) for values in self.spaces.values())
         )
 
     def inverse(self) -> RescalePlan:
@@ -119,7 +133,8 @@ class RescalePlan:
                 spaces[name] = values
         settings = {"first": dict(self.settings), "second": dict(other.settings)}
         method = f"{self.method}+{other.method}"
-        return RescalePlan(self.family, method, settings, scales, spaces, self.source, other.result)
+        plan = RescalePlan(self.family, method, settings, scales, spaces, self.source, other.result)
+        return replace(plan, approximate={**self.approximate, **other.approximate})
 
     def _as(self, scales: str) -> Mapping[str, NDArray[Any]]:
         if scales == self.scales:
@@ -140,7 +155,7 @@ class RescalePlan:
             "affine": {name: list(pair) for name, pair in self.affine.items()},
             "zeroed": list(self.zeroed),
             "spaces": {name: _encode(values, self.scales) for name, values in self.spaces.items()},
-        }
+        } | ({"approximate": dict(self.approximate)} if self.approximate else {})
         return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> Path:
@@ -199,6 +214,7 @@ class RescalePlan:
             if not all(math.isfinite(number) for pair in affine.values() for number in pair):
                 message = f"{where}: scale and shift must be finite. Make the plan again."
                 raise PlanError(message)
+            approximate = {str(name): float(eps) for name, eps in body.get("approximate", {}).items()}
             if not isinstance(body["zeroed"], list):
                 message = f"{where}: zeroed must be a list of tensor names. Make the plan again."
                 raise PlanError(message)
@@ -212,6 +228,7 @@ class RescalePlan:
                 result=str(body["result"]),
                 affine=affine,
                 zeroed=tuple(str(name) for name in body["zeroed"]),
+                approximate=approximate,
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             message = f"{where}: not a vrscope plan ({type(error).__name__}: {error}). Make one with `vrscope plan`."

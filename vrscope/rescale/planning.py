@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,10 @@ from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import Checkpoint
+from vrscope.errors import PlanError
 from vrscope.executors import Executor
 from vrscope.progress import Progress
-from vrscope.rescale.methods import MethodOptions, Situation, get_method, target_std
+from vrscope.rescale.methods import METHODS, Method, MethodOptions, Situation, get_method, reach_of, target_std
 from vrscope.rescale.plan import POW2, RescalePlan
 from vrscope.rescale.profile import Profile, profile_weights
 from vrscope.rescale.scaling import out_of_range, tensor_scales, window_of
@@ -39,28 +40,56 @@ def make_plan(
     ------
     UnknownNameError
         If there is no such method.
+    PlanError
+        If approximate spaces are asked for from a method that does not use them.
     CheckpointError
         If weights are NaN or infinite.
     """
     entry = get_method(method)
+    require_approximate(entry, options)
     profile = profile_weights(checkpoint, binding, executor, progress)
     situation = Situation(binding, profile, options)
     settings = {name: value for name, value in asdict(options).items() if name in entry.uses}
+    if not options.approximate:
+        settings = {name: value for name, value in settings.items() if name not in {"approximate", "allow_shrink"}}
     fingerprint = checkpoint.fingerprint()
     if options.raw and "raw" in entry.uses:
         affine, zeroed = _raw_tvr(situation, checkpoint)
         plan = RescalePlan(binding.family, method, settings, POW2, {}, fingerprint, affine=affine, zeroed=zeroed)
         return plan, profile
-    chosen = {name: np.clip(values, -options.limit, options.limit) for name, values in entry.choose(situation).items()}
+    reach = {space.name: reach_of(space, options) for space in situation.spaces}
+    chosen = {name: np.clip(values, *reach[name]) for name, values in entry.choose(situation).items()}
+    limited = {space.name: space.limit.eps for space in situation.spaces if space.limit and space.name in chosen}
     if options.scales != POW2:
         spaces = {name: np.exp2(values) for name, values in chosen.items()}
-        return RescalePlan(binding.family, method, settings, options.scales, spaces, fingerprint), profile
+        plan = RescalePlan(binding.family, method, settings, options.scales, spaces, fingerprint, approximate=limited)
+        return plan, profile
     whole = {name: np.rint(values).astype(np.int64) for name, values in chosen.items()}
-    plan = RescalePlan(binding.family, method, settings, POW2, whole, fingerprint)
+    plan = RescalePlan(binding.family, method, settings, POW2, whole, fingerprint, approximate=limited)
     plan, left_out = _within_range(checkpoint, binding, plan, profile)
     if left_out:
         settings["left_out"] = left_out
     return plan, profile
+
+
+def require_approximate(method: Method, options: MethodOptions) -> None:
+    """Refuse approximate spaces where the method would not scale one.
+
+    Raises
+    ------
+    PlanError
+        If it would not, or shrinking is allowed where nothing can be shrunk.
+    """
+    if options.approximate and "approximate" not in method.uses:
+        users = " or ".join(entry.name for entry in METHODS if "approximate" in entry.uses)
+        message = (
+            f"approximate: method {method.name!r} balances the two sides of a space, and an approximate one is set by "
+            f"neither. Use it with {users}."
+        )
+        raise PlanError(message)
+    if options.allow_shrink and not options.approximate:
+        message = "allow_shrink: expected approximate to be set as well; exact scales shrink anyway. Set both or none."
+        raise PlanError(message)
 
 
 def _raw_tvr(situation: Situation, checkpoint: Checkpoint) -> tuple[dict[str, tuple[float, float]], tuple[str, ...]]:
@@ -87,7 +116,7 @@ def _within_range(
     spaces = {name: values.copy() for name, values in plan.spaces.items()}
     left_out = 0
     while True:
-        current = RescalePlan(plan.family, plan.method, plan.settings, POW2, spaces, plan.source)
+        current = replace(plan, spaces=spaces)
         harmful = _harmful(checkpoint, binding, current, profile)
         if not harmful:
             return current, left_out

@@ -108,6 +108,8 @@ def profile_weights(
     for space in binding.spaces:
         for term in space.terms:
             wanted[term.tensor].add(_kept(term))
+        for name in (name for names in space.limit.inputs.values() for name in names) if space.limit else ():
+            wanted[name].add(())
     for name, role in binding.roles.items():
         if role.kind == LINEAR and name not in wanted:
             wanted[name].add(())  # no space moves it, but its std is compared with a target
