@@ -36,7 +36,7 @@ class Site:
     index
         Position along the stored batch dimensions (experts), () for a plain matrix.
     rows
-        Which output rows of the stored `(out, in)` slice it is; all of them, unless loading split the slice.
+        Which output rows of the stored `(out, in)` slice it is: all of them.
     outputs
         Which columns of the output belong to it: all, unless several stored matrices run as one.
     """
