@@ -18,7 +18,8 @@ from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
-from vrscope.quant.loading import LoadedModel
+from vrscope.quant.loading import LoadedModel, load_model, release, resolve_device
+from vrscope.quant.memory import DTYPE_BYTES, require_run_memory
 from vrscope.quant.text import TextSample
 
 if TYPE_CHECKING:
@@ -84,6 +85,36 @@ class ActivationProfile:
     residual: tuple[ResidualStream, ...]
     experts: tuple[ExpertInput, ...]
     unseen: tuple[str, ...]
+
+
+def profile_checkpoint(
+    checkpoint: Checkpoint,
+    roles: Mapping[str, TensorRole],
+    sample: TextSample,
+    where: tuple[str, str],
+    progress: Progress = silent,
+) -> ActivationProfile:
+    """Load a checkpoint's model, run a text through it once, and return the statistics of its activations.
+
+    Parameters
+    ----------
+    where
+        Device ("auto", "cpu" or "cuda") and dtype ("float32" or "bfloat16").
+
+    Raises
+    ------
+    ModelError
+        As `profile_activations`, or if the model cannot be built, or would not fit into memory with its activations.
+    """
+    device, dtype = resolve_device(where[0]), where[1]
+    if dtype in DTYPE_BYTES:  # load_model refuses others
+        require_run_memory(checkpoint, device, dtype, max(map(len, sample.windows)))
+    loaded = load_model(checkpoint, device, dtype, copies=1)
+    try:
+        return profile_activations(loaded, checkpoint, roles, sample, progress)
+    finally:
+        del loaded
+        release()
 
 
 def profile_activations(

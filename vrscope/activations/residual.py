@@ -99,7 +99,7 @@ class ResidualSums:
         place = int(np.searchsorted(below, total / 2))
         inside = (total / 2 - (below[place] - self._counts[place])) / self._counts[place]
         low, high = (_edge(place), _edge(place + 1))
-        return low + inside * (high - low)
+        return float(low + inside * (high - low))
 
 
 def layer_stacks(model: Any) -> list[Any]:
@@ -118,7 +118,7 @@ def layer_stacks(model: Any) -> list[Any]:
 
 @contextmanager
 def watching_layers(model: Any, on_state: OnState) -> Iterator[None]:
-    """Call `on_state(layer, hidden)` with the `(tokens, hidden)` state that enters each layer, and that leaves the last.
+    """Call `on_state(layer, state)` with the `(tokens, hidden)` state that enters each layer, and that leaves the last.
 
     Layers are counted from 0, in the order in which they run. Hooks are removed at the end.
     """

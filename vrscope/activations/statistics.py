@@ -88,7 +88,7 @@ ACTIVATION_STATISTICS: tuple[ActivationStatistic, ...] = (
     ActivationStatistic(
         "mean_abs_spread",
         "ratio",
-        "Largest over median of the channels' mean magnitudes: how unevenly channels use the weight, which AWQ exploits.",
+        "Largest over median of the channels' mean magnitudes: how unevenly channels use the weight, which AWQ uses.",
         lambda s: spread(s.mean_abs),
     ),
     ActivationStatistic(

@@ -51,7 +51,9 @@ RESIDUAL_COLUMNS: tuple[Column, ...] = (
 OUTLIER_COLUMNS: tuple[Column, ...] = (
     Column("roles", "", "The roles of the weights whose common input it is."),
     Column("channel", "", "Dimension, from 0."),
-    Column("layers", "layers", "Number of layers in which it reaches a magnitude of 6 at 6 % of the positions or more."),
+    Column(
+        "layers", "layers", "Number of layers in which it reaches a magnitude of 6 at 6 % of the positions or more."
+    ),
     Column("layer_share", "share", "The same over the number of layers; 0.25 or more makes it an outlier dimension."),
     Column("position_share", "share", "Share of positions with a magnitude of 6 or more, mean over all layers."),
     Column("absmax", "", "Its largest magnitude in any layer."),
@@ -79,7 +81,7 @@ CHANNEL_ACTIVATION_COLUMNS: tuple[Column, ...] = (
 
 def input_table(profile: ActivationProfile) -> pd.DataFrame:
     """Return the table "activations": one row per linear weight, columns `ACTIVATION_COLUMNS`."""
-    rows = [
+    rows: list[list[object]] = [
         [
             *(entry.tensor, entry.role.role, entry.role.layer, entry.shared_with),
             *(entry.statistics.mean_abs.size, entry.statistics.tokens),
@@ -123,7 +125,7 @@ def expert_table(profile: ActivationProfile) -> pd.DataFrame:
     totals: dict[tuple[str, int | None], int] = {}
     for entry in profile.experts:
         totals[entry.role, entry.layer] = totals.get((entry.role, entry.layer), 0) + entry.tokens
-    rows = [
+    rows: list[list[object]] = [
         [e.role, e.layer, e.expert, e.tokens, e.tokens / (totals[e.role, e.layer] or math.nan), e.absmax]
         for e in profile.experts
     ]
@@ -150,6 +152,15 @@ def channel_table(profile: ActivationProfile) -> pd.DataFrame:
         }
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def notes(profile: ActivationProfile) -> list[str]:
+    """Return sentences on what the profile does not cover: linear weights that no run used."""
+    found = []
+    if profile.unseen:
+        some = ", ".join(profile.unseen[:3]) + (f" and {len(profile.unseen) - 3} more" if profile.unseen[3:] else "")
+        found.append(f"No activations of linear weights that the model does not use on text: {some}.")
+    return found
 
 
 def _residual_row(stream: ResidualStream) -> list[object]:
