@@ -97,7 +97,7 @@ def run(model: str, out: Path, everything: bool, output: Output, **settings: Any
 @options.everything
 @options.output("tensors", "depth_law", "channels", "heads", "activations", "residual", "outlier_dimensions", "experts")
 def analyze(model: str, out: Path | None, force: bool, everything: bool, output: Output, **settings: Any) -> None:
-    """Describe weights and activations by layer: variance, kurtosis, outliers."""
+    """Describe weights and activations, layer by layer."""
     from vrscope import api
 
     if out:

@@ -167,7 +167,8 @@ def _activations(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
         massive = int(residual["massive"].astype(bool).sum())
         text = (
             f"Largest hidden state against its median: {worst['top1']:.4g}, which is {worst['top1_ratio']:.4g} times, "
-            f"entering layer {worst['layer']} at channel {worst['top1_channel']}, position {worst['top1_position']}"
+            f"entering layer {worst['layer']}; the peak is at channel {worst['peak_channel']}, position "
+            f"{worst['peak_position']} of its window"
         )
         if massive:
             text = f"Massive activations at {massive} of {len(residual)} depths. {text}"

@@ -117,8 +117,9 @@ _RESIDUAL = (
     Shown("median_abs", "median |x|", ".3g"),
     Shown("top1_ratio", "largest / median", ".4g"),
     Shown("massive", "massive"),
-    Shown("top1_channel", "channel", ".0f"),
-    Shown("top1_position", "position", ".0f"),
+    Shown("absmax", "peak", ".4g"),
+    Shown("peak_channel", "channel", ".0f"),
+    Shown("peak_position", "position", ".0f"),
 )
 _OUTLIERS = (
     Shown("roles", "inputs of"),

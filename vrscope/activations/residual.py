@@ -25,7 +25,7 @@ _BINS = 0x80000000 >> _SHIFT
 OnState = Callable[[int, "Tensor"], None]
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Peak:
     """One large value: its magnitude, and the window, position in the window and channel where it stands."""
 
@@ -45,8 +45,10 @@ class ResidualStream:
         The layer it enters, from 0; the number of layers for what leaves the last one.
     statistics
         Per channel and pooled.
-    peaks
-        The three largest values, largest first.
+    tops
+        The largest, second and third largest magnitude of a window, each as mean over windows (as in the paper).
+    peak
+        The largest value of all windows.
     median
         Median magnitude, to 0.2 %.
     over_100, over_1000
@@ -55,7 +57,8 @@ class ResidualStream:
 
     layer: int
     statistics: ChannelStatistics
-    peaks: tuple[Peak, ...]
+    tops: tuple[float, ...]
+    peak: Peak
     median: float
     over_100: int
     over_1000: int
@@ -66,7 +69,8 @@ class ResidualSums:
 
     def __init__(self, channels: int) -> None:
         self.sums = ChannelSums(channels)
-        self._peaks: list[Peak] = []
+        self._tops: list[NDArray[np.float64]] = []
+        self._peak: Peak | None = None
         self._counts = np.zeros(_BINS, np.int64)
 
     def add(self, window: int, state: Tensor) -> bool:
@@ -77,9 +81,9 @@ class ResidualSums:
         self.sums.add(part)
         magnitudes = state.detach().float().abs().flatten()
         top = magnitudes.topk(min(TOP, magnitudes.numel()))
-        found = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        self._peaks += [Peak(value, window, *divmod(place, state.shape[1])) for value, place in found]
-        self._peaks = sorted(self._peaks, key=lambda peak: -peak.magnitude)[:TOP]
+        self._tops.append(np.pad(top.values.double().cpu().numpy(), (0, TOP - len(top.values)), constant_values=np.nan))
+        peak = Peak(float(top.values[0]), window, *divmod(int(top.indices[0]), state.shape[1]))
+        self._peak = peak if self._peak is None or peak.magnitude > self._peak.magnitude else self._peak
         bits: NDArray[np.int32] = magnitudes.cpu().numpy().view(np.int32)
         self._counts += np.bincount(bits >> _SHIFT, minlength=_BINS)
         return True
@@ -88,7 +92,9 @@ class ResidualSums:
         """Return what was accumulated."""
         median = self._median()
         over = [int(self._counts[_bin(factor * median) + 1 :].sum()) if median > 0 else 0 for factor in (100, 1000)]
-        return ResidualStream(layer, self.sums.statistics(), tuple(self._peaks), median, *over)
+        assert self._peak is not None, "made for a first window"
+        tops = tuple(np.mean(self._tops, axis=0).tolist())
+        return ResidualStream(layer, self.sums.statistics(), tops, self._peak, median, *over)
 
     def _median(self) -> float:
         """Return the median magnitude, linear within its bin."""

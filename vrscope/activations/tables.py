@@ -34,19 +34,19 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
 )
 RESIDUAL_COLUMNS: tuple[Column, ...] = (
     Column("layer", "", "The layer that the hidden state enters, from 0; the last row is what leaves the last layer."),
-    Column("top1", "", "Largest magnitude of the hidden state."),
-    Column("top2", "", "Second largest magnitude."),
-    Column("top3", "", "Third largest magnitude."),
+    Column("top1", "", "Largest magnitude in a window of the text, mean over windows."),
+    Column("top2", "", "Second largest magnitude in a window, mean over windows."),
+    Column("top3", "", "Third largest magnitude in a window, mean over windows."),
     Column("median_abs", "", "Median magnitude, to 0.2 %."),
-    Column("top1_ratio", "ratio", "Largest over median magnitude."),
-    Column("massive", "", "Whether the largest magnitude is above 100 and at least 1000 times the median."),
+    Column("top1_ratio", "ratio", "top1 over the median magnitude."),
+    Column("massive", "", "Whether top1 is above 100 and at least 1000 times the median."),
     Column("over_100", "values", "Number of values above 100 times the median."),
     Column("over_1000", "values", "Number of values above 1000 times the median."),
-    Column("top1_window", "", "Window of the text in which the largest value stands, from 0."),
-    Column("top1_position", "", "Its position in the window, from 0."),
-    Column("top1_channel", "", "Its channel, from 0."),
+    Column("peak_window", "", "Window of the text in which the largest value of all stands, from 0."),
+    Column("peak_position", "", "Its position in the window, from 0."),
+    Column("peak_channel", "", "Its channel, from 0."),
     Column("tokens", "tokens", "Number of tokens."),
-    *(s.column for s in ACTIVATION_STATISTICS if s.name != "absmax"),  # which is top1
+    *(statistic.column for statistic in ACTIVATION_STATISTICS),
 )
 OUTLIER_COLUMNS: tuple[Column, ...] = (
     Column("roles", "", "The roles of the weights whose common input it is."),
@@ -164,14 +164,13 @@ def notes(profile: ActivationProfile) -> list[str]:
 
 
 def _residual_row(stream: ResidualStream) -> list[object]:
-    peaks = [peak.magnitude for peak in stream.peaks] + [math.nan] * (3 - len(stream.peaks))
-    ratio = peaks[0] / stream.median if stream.median > 0 else math.nan
-    first = stream.peaks[0]
+    top, peak = stream.tops[0], stream.peak
+    ratio = top / stream.median if stream.median > 0 else math.nan
     return [
-        *(stream.layer, *peaks, stream.median, ratio),
-        peaks[0] > MASSIVE_MAGNITUDE and ratio >= MASSIVE_RATIO,
-        *(stream.over_100, stream.over_1000, first.window, first.position, first.channel, stream.statistics.tokens),
-        *(float(s.value(stream.statistics)) for s in ACTIVATION_STATISTICS if s.name != "absmax"),
+        *(stream.layer, *stream.tops, stream.median, ratio),
+        top > MASSIVE_MAGNITUDE and ratio >= MASSIVE_RATIO,
+        *(stream.over_100, stream.over_1000, peak.window, peak.position, peak.channel, stream.statistics.tokens),
+        *(float(statistic.value(stream.statistics)) for statistic in ACTIVATION_STATISTICS),
     ]
 
 

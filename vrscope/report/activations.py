@@ -52,8 +52,8 @@ def _magnitudes(frame: pd.DataFrame) -> list[Block]:
     known = np.isfinite(layers)
     if not any((line[known] > 0).any() for line in lines):
         return []
-    top = lines[0]
-    worst = int(np.nanargmax(np.where(known, top, -np.inf)))
+    top = np.nan_to_num(lines[0], nan=-np.inf)
+    worst = int(np.argmax(np.where(known, top, -np.inf)))
     label = (
         f"Largest, second and third largest and median magnitude over {int(known.sum())} depths; the largest is "
         f"{number(top[worst])} at layer {number(layers[worst])}, where the median is {number(lines[-1][worst])}."
@@ -62,12 +62,28 @@ def _magnitudes(frame: pd.DataFrame) -> list[Block]:
     names = ("largest", "second largest", "third largest")
     legend = [Swatch(f"--series-{k}", "line", name) for k, name in enumerate(names)]
     legend.append(Swatch("--ink", "line", "median"))
-    return [Figures((Figure(svg, "Magnitudes of the hidden state by layer", label),), tuple(legend))]
+    note = "The three largest of each window of the text and the median of all values; means over windows."
+    return [Figures((Figure(svg, "Magnitudes of the hidden state by layer", label),), tuple(legend), note=note)]
 
 
 def _layer_table(report: Report, frame: pd.DataFrame) -> Table:
-    columns = (*_TOPS, "median_abs", "top1_ratio", "over_1000", "top1_window", "top1_position", "top1_channel")
-    labels = {"top1": "largest", "top2": "second", "top3": "third", "median_abs": "median", "top1_ratio": "ratio"}
+    columns = (
+        *_TOPS,
+        "median_abs",
+        "top1_ratio",
+        "over_1000",
+        "absmax",
+        "peak_window",
+        "peak_position",
+        "peak_channel",
+    )
+    labels = {"absmax": "peak"} | {
+        "top1": "largest",
+        "top2": "second",
+        "top3": "third",
+        "median_abs": "median",
+        "top1_ratio": "ratio",
+    }
     data = {name: numbers(frame, name) for name in columns}
     heads = [
         head(report, "residual", "layer"),

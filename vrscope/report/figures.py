@@ -149,7 +149,7 @@ def magnitude_lines(layers: Floats, lines: Sequence[Floats], label: str) -> str:
         figure = canvas(720, 300)
         axes = figure.add_axes((64 / 720, 42 / 300, 640 / 720, 246 / 300))
         colours = (*SERIES[: len(lines) - 1], INK)
-        for colour, line in zip(colours, lines, strict=True):
+        for colour, line in reversed(list(zip(colours, lines, strict=True))):
             axes.plot(layers, np.where(line > 0, line, np.nan), color=colour, linewidth=1.4, marker="o", markersize=3.4)
         margin = max(0.5, (layers.max() - layers.min()) * 0.02)
         axes.set_xlim(layers.min() - margin, layers.max() + margin)
