@@ -28,6 +28,8 @@ def opened(case: str, folder: Path, dtype: str = "float32") -> tuple[Checkpoint,
 
 
 def captured(loaded: LoadedModel, checkpoint: Checkpoint) -> tuple[Calls, set[Site]]:
+    """Return what was seen, and the sites that were not; being watched must not change a bit."""
+    before = loaded.run(WINDOW)
     roles = read_roles(checkpoint)[0]
     sites = find_sites(loaded, checkpoint, roles)
     assert all(roles[name].kind == "other" for name in sites.unmatched), "only heads that are not run"
@@ -37,7 +39,7 @@ def captured(loaded: LoadedModel, checkpoint: Checkpoint) -> tuple[Calls, set[Si
         calls.append((found, inputs.clone(), output.clone()))  # models may go on to change them in place
 
     with watching(sites, keep) as seen:
-        loaded.run(WINDOW)
+        assert torch.equal(loaded.run(WINDOW), before)
     assert seen == {site for found, _, _ in calls for site in found}
     return calls, set(sites.sites) - seen
 
@@ -57,7 +59,6 @@ def biases(checkpoint: Checkpoint, site: Site) -> list[torch.Tensor]:
 def test_every_linear_is_seen_and_its_stored_weight_gives_its_output(case: str, tmp_path: Path) -> None:
     checkpoint, loaded = opened(case, tmp_path)
     roles = read_roles(checkpoint)[0]
-    before = loaded.run(WINDOW)
     calls, unseen = captured(loaded, checkpoint)
     linear = {name for name, role in roles.items() if role.kind == "linear"}
     used = {site.tensor for sites, _, _ in calls for site in sites}
@@ -75,7 +76,6 @@ def test_every_linear_is_seen_and_its_stored_weight_gives_its_output(case: str, 
             ]
             assert min(errors) < 1e-6 * scale, (site, errors, scale)
         assert columns.eq(1).all(), "each output belongs to one stored matrix"
-    assert torch.equal(loaded.run(WINDOW), before)
 
 
 @pytest.mark.parametrize("case", ["llama", "mixtral", "gpt2", "falcon", "llama4", "jamba"])

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 Keys = NDArray[np.int64]
 
-_SAMPLED = 64  # values of a row that enter its key
+_SAMPLED = 64  # to twice as many values of a row enter its key
 _MANY = 64  # places with the same key beyond which only those are tried that a joint matrix would have
 _STEPS = (1, 2)  # joined one after the other, or alternating
 
 
-def row_keys(matrix: Tensor) -> Keys:
-    """Return one key per row of a matrix `(rows, columns)`, from the bits of at most 64 of its columns."""
+def row_keys(matrix: Tensor, dtype: torch.dtype) -> Keys:
+    """Return one key per row of a matrix `(rows, columns)`: from the bits, in `dtype`, of a sample of its columns."""
     import torch
 
     columns = matrix.shape[1]
-    sample = matrix.detach()[:, :: max(1, columns // _SAMPLED)].contiguous()
+    sample = matrix.detach()[:, :: max(1, columns // _SAMPLED)].to(dtype).contiguous()
     bits = sample.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[sample.element_size()])
     factors = np.random.default_rng(columns).integers(1 << 62, size=bits.shape[1], dtype=np.int64) | 1
     keys = (bits.long() * torch.from_numpy(factors).to(bits.device)).sum(dim=1)  # overflow wraps, as in any hash
@@ -87,7 +87,7 @@ class Rows:
     def add(self, running: Running) -> None:
         """Add one matrix."""
         self.matrices.append(running)
-        self.keys.append(row_keys(running.matrix()))
+        self.keys.append(row_keys(running.matrix(), running.parameter.dtype))
 
     def find(self, wanted: Keys) -> list[Found]:
         """Return every place where rows with these keys follow each other, with a step of one or of two rows."""
@@ -149,7 +149,7 @@ class Index:
         found: list[Found] = []
         for (dtype, width), rows in self.groups.items():
             if width == matrix.shape[1]:
-                found += rows.find(row_keys(matrix.to(dtype)))
+                found += rows.find(row_keys(matrix, dtype))
         if not found:
             return None
         own = _numbers(name, index), _words(name)
