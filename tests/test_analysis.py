@@ -123,3 +123,10 @@ def test_the_command_shows_activations(moe: Path, capsys: pytest.CaptureFixture[
     page = (out / "report.html").read_text()
     assert 'id="activations"' in page and "Magnitudes of the hidden state" in page
     assert main(["analyze", str(moe), "--tokens", "96", "--fail-on", "residual.top1>0", "-q"]) == 3
+
+
+def test_the_list_of_statistics_has_those_of_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "statistics", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert {entry["of"] for entry in entries} == {"weights", "activations"}
+    assert {"channel_spread", "mean_abs"} <= {entry["statistic"] for entry in entries if entry["of"] == "activations"}

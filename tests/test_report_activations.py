@@ -35,6 +35,7 @@ def frames() -> dict[str, pd.DataFrame]:
         {
             "tensor": names,
             "shared_with": [name.replace(".k.", ".q.") for name in names],
+            "layer": [k for k in layers for _ in range(3)],
             "tokens": 64,
             "channel_spread": [float(k * k) for k in range(18)],
             "outlier_channels": 1,
@@ -94,7 +95,11 @@ def test_a_single_depth_is_drawn() -> None:
 
 
 def test_the_verdict_names_the_largest_state_the_most_uneven_input_and_idle_experts() -> None:
-    texts = [finding["text"] for finding in verdict(frames(), {})]
+    tables = frames()
+    tables["activations"] = pd.concat(
+        [tables["activations"], pd.DataFrame([{"tensor": "pooler", "layer": None, "channel_spread": 1e6}])]
+    )
+    texts = [finding["text"] for finding in verdict(tables, {})]
     assert texts[0].startswith("Massive activations at 3 of 6 depths. Largest hidden state against its median: 2000")
     assert "2000 times, entering layer 2; the peak is at channel 3, position 0" in texts[0]
     assert "289 times the median one" in texts[1]

@@ -173,6 +173,8 @@ def _activations(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
         if massive:
             text = f"Massive activations at {massive} of {len(residual)} depths. {text}"
         findings.append(_say(NOTE, f"{text}."))
+    if inputs is not None:
+        inputs = inputs[inputs["layer"].notna()]  # a pooler sees one token of each window
     if inputs is not None and inputs["channel_spread"].notna().any():
         worst = inputs.nlargest(1, "channel_spread").iloc[0]
         text = (

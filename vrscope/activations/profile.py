@@ -138,8 +138,7 @@ def profile_activations(
     with watching(sites, collector.on_linear) as seen, watching_layers(loaded.model, collector.on_state):
         for number, window in enumerate(sample.windows):
             collector.window = number
-            output = loaded.run(window)
-            if output.isnan().any():
+            if loaded.run(window).isnan().any():
                 raise _bad(loaded.name, "the model's output", number, collector.last)
             done += len(window)
             progress("activations", done, sample.tokens, "tokens")

@@ -52,8 +52,8 @@ def run_bytes(config: Mapping[str, Any], window: int, width: int) -> int:
     """Return about how many bytes one window needs while it runs, from a model's configuration; `width` per value.
 
     Counted are the output and its float32 copy, the scores of one attention layer, mask and softmax included, and the
-    inputs and outputs of one layer with the float32 copies that statistics take. What a configuration does not say
-    counts nothing.
+    inputs and outputs of one layer with the float32 copies that statistics take, and a quarter more for what the
+    allocator holds back. What a configuration does not say counts nothing.
     """
     own = config.get("text_config")
     own = own if isinstance(own, Mapping) else config
@@ -67,7 +67,7 @@ def run_bytes(config: Mapping[str, Any], window: int, width: int) -> int:
     output = window * size("vocab_size") * (width + 4)
     scores = heads * window * window * (2 * width + 4)
     layer = window * (8 * hidden + 3 * inner) * (width + 8)
-    return output + scores + layer
+    return (output + scores + layer) * 5 // 4
 
 
 def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
