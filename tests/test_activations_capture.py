@@ -11,6 +11,7 @@ from test_quant_loading import NOT_TEXT_TO_TEXT
 from tiny_models import MODELS, make_model, save_tiny
 
 from vrscope.activations.capture import Site, find_sites, watching
+from vrscope.arch.roles import roles_from_names
 from vrscope.checkpoint.source import Checkpoint, open_checkpoint
 from vrscope.quant.formats import get_format
 from vrscope.quant.layers import quantized
@@ -177,6 +178,15 @@ def test_a_weight_that_the_model_does_not_hold_is_named(tmp_path: Path) -> None:
     sites = find_sites(loaded, checkpoint, read_roles(checkpoint)[0])
     assert sites.unmatched == (name,)
     assert name not in {site.tensor for site in sites.sites}
+
+
+def test_stacked_experts_of_an_undeclared_architecture_are_named(tmp_path: Path) -> None:
+    checkpoint, loaded = opened("gpt_oss", tmp_path)
+    sites = find_sites(loaded, checkpoint, roles_from_names(checkpoint.tensors))
+    assert set(sites.unmatched) == {
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")
+    }
+    assert any("q_proj" in site.tensor for site in sites.sites)
 
 
 def test_nothing_stays_installed_after_an_error(tmp_path: Path) -> None:

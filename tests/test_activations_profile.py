@@ -23,6 +23,7 @@ from vrscope.quant import memory
 from vrscope.quant.loading import LoadedModel, load_model
 from vrscope.quant.memory import run_bytes
 from vrscope.stages import read_roles, read_sample
+from vrscope.tables import Report, from_json, to_json
 
 Inputs = dict[str, np.ndarray]
 
@@ -191,6 +192,9 @@ def test_an_expert_that_saw_no_token_is_reported(tmp_path: Path) -> None:
     inputs = tables.input_table(profile).set_index("tensor")
     row = inputs.loc["model.layers.1.mlp.experts.3.up_proj.weight"]
     assert row["tokens"] == 0 and np.isnan(row["absmax"]) and profile.unseen == ()
+    frames = {"activations": tables.input_table(profile), "experts": table, "residual": tables.residual_table(profile)}
+    again = from_json(to_json(Report("analyze", {}, (), frames))).tables
+    assert len(again["experts"]) == len(table) and again["experts"]["absmax"].isna().sum() == 3
 
 
 def test_tokens_routed_elsewhere_are_no_tokens_of_an_expert(tmp_path: Path) -> None:

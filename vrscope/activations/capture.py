@@ -63,7 +63,8 @@ class SiteMap:
     sites
         All of them, in the order of the checkpoint.
     unmatched
-        Names on disk of linear weights, or parts of them, that no parameter holds.
+        Names on disk of linear weights, or parts of them, that no parameter holds; and names in the model of stacked
+        experts that hold no linear weight known on disk, as of an architecture that is not declared.
     kept
         Names on disk of those that quantization formats leave alone in a running model, such as routers.
     held
@@ -121,6 +122,9 @@ def find_sites(loaded: LoadedModel, checkpoint: Checkpoint, roles: Mapping[str, 
             held.setdefault(id(found.running), (found.running, []))[1].append(site)
             if id(found.running.parameter) not in quantized:
                 kept.add(name)
+    known = {id(running.parameter) for running, _ in held.values()}
+    stacks = [weight for weight in quantized_weights(loaded.model) if weight.parameter.ndim == 3]
+    unmatched += [weight.name for weight in stacks if id(weight.parameter) not in known]
     pairs = tuple((running, tuple(own)) for running, own in held.values())
     return SiteMap(tuple(sites), tuple(dict.fromkeys(unmatched)), frozenset(kept), pairs)
 

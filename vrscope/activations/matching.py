@@ -81,8 +81,7 @@ class Rows:
 
     matrices: list[Running] = field(default_factory=list)
     keys: list[Keys] = field(default_factory=list)
-    _sorted: Keys | None = None
-    _order: Keys | None = None
+    _search: tuple[Keys, Keys, Keys] | None = None  # sorted keys, their places, first place of each matrix
 
     def add(self, running: Running) -> None:
         """Add one matrix."""
@@ -91,21 +90,22 @@ class Rows:
 
     def find(self, wanted: Keys) -> list[Found]:
         """Return every place where rows with these keys follow each other, with a step of one or of two rows."""
-        if self._sorted is None or self._order is None:
+        if self._search is None:
             everything = np.concatenate(self.keys)
-            self._order = np.argsort(everything, kind="stable")
-            self._sorted = everything[self._order]
-        low, high = (np.searchsorted(self._sorted, wanted, side) for side in ("left", "right"))
+            places = np.argsort(everything, kind="stable")
+            self._search = everything[places], places, np.cumsum([0, *map(len, self.keys)])
+        ordered, places, bounds = self._search
+        low, high = (np.searchsorted(ordered, wanted, side) for side in ("left", "right"))
         counts = high - low
         if not counts.size or not counts.min():
             return []
         rarest = int(np.argmin(counts))
-        bounds = np.cumsum([0, *(len(keys) for keys in self.keys)])
         found = []
-        for place in self._order[low[rarest] : high[rarest]].tolist():
+        for place in places[low[rarest] : high[rarest]].tolist():
             at = int(np.searchsorted(bounds, place, "right")) - 1
             row = place - int(bounds[at])
-            found += [Found(self.matrices[at], rows) for rows in self._fits(at, row, rarest, wanted, int(counts.min()))]
+            fits = self._fits(at, row, rarest, wanted, int(counts.min()))
+            found += [Found(self.matrices[at], rows) for rows in fits]
         return found
 
     def _fits(self, at: int, row: int, rarest: int, wanted: Keys, places: int) -> Iterator[slice]:
