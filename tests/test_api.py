@@ -224,13 +224,13 @@ def test_analyze_works_on_undeclared_and_on_quantized_checkpoints(tmp_path):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"model_type": "nanochat"}))
-    report = vrscope.analyze(folder)
+    report = vrscope.analyze(folder, weights_only=True)
     assert report.provenance["family"] is None
     assert set(report.tables["tensors"]["role"]) >= {"self_attn.q_proj", "mlp.down_proj"}
     with pytest.raises(FamilyError, match="nanochat"):
         vrscope.plan(folder)
     path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    assert "quantization" in vrscope.analyze(folder).provenance
+    assert "quantization" in vrscope.analyze(folder, weights_only=True).provenance
     with pytest.raises(CheckpointError, match="already quantized"):
         vrscope.rescale(folder, tmp_path / "out")
 
@@ -240,10 +240,10 @@ def test_analyze_reports_nan_and_goes_on(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    report = vrscope.analyze(folder, per="head")
+    report = vrscope.analyze(folder, per="head", weights_only=True)
     assert report.verdict[0]["level"] == "bad" and "3 NaN" in report.verdict[0]["text"]
     assert {"q", "k", "v"} <= set(report.tables["heads"]["part"])
-    channels = vrscope.analyze(folder, per="channel").tables["channels"]
+    channels = vrscope.analyze(folder, per="channel", weights_only=True).tables["channels"]
     assert np.isfinite(channels.loc[channels["tensor"] == "model.norm.weight", "std"]).all()
 
 

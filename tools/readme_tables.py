@@ -19,6 +19,9 @@ _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.D
 def markdown_table(kind: str) -> str:
     """Return one listing as a Markdown table."""
     headings, rows = listing(kind)
+    if kind == "statistics":  # those of weights; `vrscope list statistics` has those of activations too
+        rows = [(row[0], *row[2:]) for row in rows if row[1] == "weights"]
+        headings = (headings[0], *headings[2:])
     lines = [headings, tuple("---" for _ in headings), *rows]
     return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vrscope import stages
+from vrscope.analysis import analyze
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import PlanError, VerificationError
 from vrscope.executors import default_executor
 from vrscope.job import demo, measure, run
 from vrscope.progress import Progress, silent
-from vrscope.provenance import command_line, provenance
+from vrscope.provenance import provenance
 from vrscope.saving import load_report, merge_reports, require_free, save
 from vrscope.stages import DEFAULT_FORMATS, DEFAULT_TOKENS, PROOF_TOKENS
 from vrscope.tables import Report
@@ -46,68 +47,6 @@ __all__ = [
 ]
 
 Source = str | Path
-
-
-def analyze(
-    model: Source,
-    *,
-    per: Literal["channel", "head"] | None = None,
-    spectral: bool = False,
-    target_std: float = 0.01,
-    revision: str | None = None,
-    families: Source | None = None,
-    progress: Progress = silent,
-) -> Report:
-    """Describe the weights of a checkpoint: variance, kurtosis, outliers, per tensor and against depth.
-
-    Parameters
-    ----------
-    model
-        Folder, safetensors file, index.json or hub id.
-    per
-        Adds a table "channels" (every output and input channel) or "heads" (query heads and KV groups).
-    spectral
-        Adds the top singular value and the stable rank of every matrix; takes tens of passes.
-    target_std
-        What `tvr_ratio` compares with.
-    revision
-        Branch, tag or commit of a hub id.
-    families
-        A TOML file of architectures to declare besides the shipped ones.
-    progress
-        Is told of bytes read.
-
-    Returns
-    -------
-    Report
-        Tables "tensors", "depth_law", "histograms", and "channels" or "heads".
-
-    Raises
-    ------
-    CheckpointError
-        If the checkpoint cannot be read.
-    """
-    from vrscope.stats.measure import StatOptions
-
-    started = time.monotonic()
-    checkpoint = open_checkpoint(model, revision)
-    roles, family = stages.read_roles(checkpoint, families)
-    options = StatOptions(target_std=target_std, spectrum=spectral)
-    tables, columns = stages.fill_statistics(checkpoint, roles, options, progress)
-    if per is not None:
-        from vrscope.stats.parts import CHANNEL_COLUMNS, HEAD_COLUMNS, measure_parts
-
-        name = "channels" if per == "channel" else "heads"
-        tables[name] = measure_parts(checkpoint, roles, per, executor=default_executor(), progress=progress)
-        columns[name] = CHANNEL_COLUMNS if per == "channel" else HEAD_COLUMNS
-    settings = {"per": per, "spectral": spectral, "target_std": target_std}
-    command = command_line("analyze", [model], settings)
-    facts = provenance(time.monotonic() - started, model=str(model), family=family, settings=settings, command=command)
-    if checkpoint.quantization is not None:
-        facts["quantization"] = checkpoint.quantization
-    if stages.not_equivalent([checkpoint]):
-        facts["equivalent"] = stages.not_equivalent([checkpoint])
-    return Report("analyze", facts, verdict(tables, facts), tables, columns)
 
 
 def plan(

@@ -69,7 +69,10 @@ def demo(out: Path, force: bool, output: Output) -> None:
 @options.families
 @options.force
 @options.everything
-@options.output("damage", "weight_error", "tensors", "depth_law", "spaces", "approximate", "matrices", "reach")
+@options.output(
+    *("damage", "weight_error", "tensors", "depth_law", "spaces", "approximate", "matrices", "reach"),
+    *("activations", "residual", "outlier_dimensions", "experts"),
+)
 def run(model: str, out: Path, everything: bool, output: Output, **settings: Any) -> None:
     """Do the main job: analyze, plan, rescale, measure, report."""
     from vrscope import api
@@ -82,16 +85,19 @@ def run(model: str, out: Path, everything: bool, output: Output, **settings: Any
 @commands.command(epilog=example(f"vrscope analyze {_MODEL} -o stats", f"vrscope analyze {_MODEL} --per head"))
 @options.model
 @click.option("-o", "--out", type=_PATH, help="Folder for the page, CSV and JSON; without it, print only.")
-@click.option("--per", type=click.Choice(["channel", "head"]), help="Add a table of output channels or heads.")
+@click.option("--weights-only", is_flag=True, help="Leave the activations out; runs no model.")
+@options.text_options
+@options.dtype
+@click.option("--per", type=click.Choice(["channel", "head"]), help="Add tables of channels, or of heads.")
 @click.option("--spectral", is_flag=True, help="Add the top singular value and the stable rank; takes longer.")
 @click.option("--target-std", type=options.POSITIVE, help="What `tvr_ratio` compares with. Default: 0.01.")
 @options.revision
 @options.families
 @options.force
 @options.everything
-@options.output("tensors", "depth_law", "channels", "heads")
+@options.output("tensors", "depth_law", "channels", "heads", "activations", "residual", "outlier_dimensions", "experts")
 def analyze(model: str, out: Path | None, force: bool, everything: bool, output: Output, **settings: Any) -> None:
-    """Describe the weights by layer: variance, kurtosis, outliers."""
+    """Describe weights and activations, layer by layer."""
     from vrscope import api
 
     if out:
@@ -198,9 +204,7 @@ def check_family(model: str, output: Output, **settings: Any) -> None:
 @click.option("-o", "--out", type=_PATH, help="Folder for the page, CSV and JSON; without it, print only.")
 @options.formats
 @options.text_options
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
-)
+@options.dtype
 @click.option("--weights-only", is_flag=True, help="Error of the weights alone; runs no model.")
 @options.revision
 @options.force

@@ -141,6 +141,7 @@ def check_names(rule: Rule, tables: Sequence[str]) -> None:
 
 
 def _columns(table: str) -> list[str]:
+    from vrscope.activations.tables import ACTIVATION_COLUMNS, EXPERT_COLUMNS, OUTLIER_COLUMNS, RESIDUAL_COLUMNS
     from vrscope.quant.metrics import DAMAGE_COLUMNS
     from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS
     from vrscope.rescale.bounds import BOUND_COLUMNS
@@ -152,12 +153,16 @@ def _columns(table: str) -> list[str]:
 
     known = {
         "approximate": BOUND_COLUMNS,
+        "activations": ACTIVATION_COLUMNS,
         "channels": CHANNEL_COLUMNS,
         "damage": DAMAGE_COLUMNS,
         "depth_law": DEPTH_LAW_COLUMNS,
+        "experts": EXPERT_COLUMNS,
         "heads": HEAD_COLUMNS,
         "matrices": MATRIX_COLUMNS,
+        "outlier_dimensions": OUTLIER_COLUMNS,
         "reach": REACH_COLUMNS,
+        "residual": RESIDUAL_COLUMNS,
         "spaces": SPACE_COLUMNS,
         "tensors": (*TENSOR_COLUMNS, *SPECTRAL_COLUMNS),
         "weight_error": WEIGHT_ERROR_COLUMNS,

@@ -138,9 +138,12 @@ def run(
     check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
     sample = stages.read_sample(checkpoint, text, tokens)
 
-    tables, columns = stages.fill_statistics(
+    tables, columns = stages.fill_activations(checkpoint, binding.roles, sample, (device, "float32"), progress)
+    more, described = stages.fill_statistics(
         checkpoint, binding.roles, StatOptions(target_std=options.target_std), progress
     )
+    tables |= more
+    columns |= described
     chosen, before = make_plan(checkpoint, binding, method, options, default_executor(), progress)
     rows = [stages.weight_proof(checkpoint, chosen)]
 
@@ -168,7 +171,7 @@ def run(
         family=binding.family,
         equivalent=done.equivalent,
         settings={"method": method, **done.settings, "scales": done.scales, "formats": list(formats)},
-        notes=tables["damage"].attrs.get("notes", []),
+        notes=tables["activations"].attrs["notes"] + tables["damage"].attrs.get("notes", []),
         command=command_line("run", [model], arguments) if name is None else f"vrscope {name}",
         **stages.sample_facts(sample, device, "float32"),
     )

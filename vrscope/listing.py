@@ -66,11 +66,13 @@ def _formats() -> Listing:
 
 
 def _statistics() -> Listing:
+    from vrscope.activations.statistics import ACTIVATION_STATISTICS
     from vrscope.stats.statistics import SPECTRAL_STATISTICS, STATISTICS
 
-    rows = [(s.name, s.unit, s.meaning) for s in STATISTICS]
-    rows += [(s.name, s.unit, f"{s.meaning} With --spectral.") for s in SPECTRAL_STATISTICS]
-    return ("statistic", "unit", "meaning"), rows
+    rows = [(s.name, "weights", s.unit, s.meaning) for s in STATISTICS]
+    rows += [(s.name, "weights", s.unit, f"{s.meaning} With --spectral.") for s in SPECTRAL_STATISTICS]
+    rows += [(s.name, "activations", s.unit, s.meaning) for s in ACTIVATION_STATISTICS]
+    return ("statistic", "of", "unit", "meaning"), rows
 
 
 def _methods() -> Listing:

@@ -304,6 +304,9 @@ families = click.option(
     help="TOML file that declares more architectures; see docs/families.md.",
 )
 everything = click.option("--all", "everything", is_flag=True, help="Print long tables whole.")
+dtype = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What models compute in. Default: float32."
+)
 formats = click.option(
     "--formats",
     type=_Names(),

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 
 RESULTS_FILE, PAGE_FILE, PLAN_COPY = "results.json", "report.html", "plan.json"
 CSV_TABLES = (
+    "activation_channels",
+    "activations",
     "approximate",
     "channels",
     "damage",
     "depth_law",
+    "experts",
     "heads",
     "matrices",
+    "outlier_dimensions",
     "proof",
     "reach",
+    "residual",
     "spaces",
     "tensors",
     "unreachable",

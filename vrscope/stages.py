@@ -137,6 +137,41 @@ def fill_statistics(
     return tables, columns
 
 
+def fill_activations(
+    checkpoint: Checkpoint,
+    roles: Mapping[str, TensorRole],
+    sample: TextSample,
+    where: tuple[str, str],
+    progress: Progress,
+    channels: bool = False,
+) -> Filled:
+    """Return the tables "activations", "residual", "outlier_dimensions", "experts" of a mixture, and of channels.
+
+    `where` is device and dtype.
+    """
+    from vrscope.activations import tables as made
+    from vrscope.activations.profile import profile_checkpoint
+
+    profile = profile_checkpoint(checkpoint, roles, sample, where, progress)
+    tables = {
+        "activations": made.input_table(profile),
+        "residual": made.residual_table(profile),
+        "outlier_dimensions": made.outlier_table(profile),
+    }
+    columns: Columns = {
+        "activations": made.ACTIVATION_COLUMNS,
+        "residual": made.RESIDUAL_COLUMNS,
+        "outlier_dimensions": made.OUTLIER_COLUMNS,
+    }
+    if profile.experts:
+        tables["experts"], columns["experts"] = made.expert_table(profile), made.EXPERT_COLUMNS
+    if channels:
+        tables["activation_channels"] = made.channel_table(profile)
+        columns["activation_channels"] = made.CHANNEL_ACTIVATION_COLUMNS
+    tables["activations"].attrs["notes"] = made.notes(profile)
+    return tables, columns
+
+
 def fill_plan(
     checkpoint: Checkpoint,
     binding: Binding,

@@ -20,6 +20,7 @@ def verdict(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -
     findings += _damage(tables)
     findings += _reach(tables)
     findings += _health(tables)
+    findings += _activations(tables)
     return tuple(findings)
 
 
@@ -174,4 +175,35 @@ def _health(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
                     f"{high['exponent_p']:.2f} ± {high['exponent_sem']:.2g} ({high['role']}).",
                 )
             )
+    return findings
+
+
+def _activations(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    findings = []
+    residual, inputs, experts = (tables.get(name) for name in ("residual", "activations", "experts"))
+    if residual is not None and residual["top1_ratio"].notna().any():
+        worst = residual.nlargest(1, "top1_ratio").iloc[0]
+        massive = int(residual["massive"].astype(bool).sum())
+        text = (
+            f"Largest hidden state against its median: {worst['top1']:.4g}, which is {worst['top1_ratio']:.4g} times, "
+            f"entering layer {worst['layer']}; the peak is at channel {worst['peak_channel']}, position "
+            f"{worst['peak_position']} of its window"
+        )
+        if massive:
+            text = f"Massive activations at {massive} of {len(residual)} depths. {text}"
+        findings.append(_say(NOTE, f"{text}."))
+    if inputs is not None:
+        inputs = inputs[inputs["layer"].notna()]  # a pooler sees one token of each window
+    if inputs is not None and inputs["channel_spread"].notna().any():
+        worst = inputs.nlargest(1, "channel_spread").iloc[0]
+        text = (
+            f"Most uneven input channels: {worst['tensor']}, whose largest channel maximum is "
+            f"{worst['channel_spread']:.3g} times the median one (median over weights "
+            f"{inputs['channel_spread'].median():.3g})."
+        )
+        findings.append(_say(NOTE, text))
+    if experts is not None and (experts["tokens"] == 0).any():
+        idle = experts[experts["tokens"] == 0].drop_duplicates(["layer", "expert"])
+        count = len(experts.drop_duplicates(["layer", "expert"]))
+        findings.append(_say(NOTE, f"{len(idle)} of {count} experts saw no token of this text."))
     return findings

@@ -110,6 +110,44 @@ _REACH = (
     Shown("tensors_total", "of", ".0f"),
     Shown("reason", "why"),
 )
+_ACTIVATIONS = (
+    Shown("tensor", "input of"),
+    Shown("tokens", "tokens", ".0f"),
+    Shown("absmax", "largest |x|", ".4g"),
+    Shown("mean_abs", "mean |x|", ".3g"),
+    Shown("std", "std", ".3g"),
+    Shown("kurtosis_excess", "excess kurtosis", ".3g"),
+    Shown("channel_spread", "channel spread", ".3g"),
+    Shown("outlier_channels", "channels beyond 6", ".0f"),
+)
+_RESIDUAL = (
+    Shown("layer", "enters layer", ".0f"),
+    Shown("top1", "largest |x|", ".4g"),
+    Shown("top2", "second", ".4g"),
+    Shown("top3", "third", ".4g"),
+    Shown("median_abs", "median |x|", ".3g"),
+    Shown("top1_ratio", "largest / median", ".4g"),
+    Shown("massive", "massive"),
+    Shown("absmax", "peak", ".4g"),
+    Shown("peak_channel", "channel", ".0f"),
+    Shown("peak_position", "position", ".0f"),
+)
+_OUTLIERS = (
+    Shown("roles", "inputs of"),
+    Shown("channel", "channel", ".0f"),
+    Shown("layers", "layers", ".0f"),
+    Shown("layer_share", "share of layers", ".2f"),
+    Shown("position_share", "share of positions", ".2f"),
+    Shown("absmax", "largest |x|", ".4g"),
+)
+_EXPERTS = (
+    Shown("role", "role"),
+    Shown("layer", "layer", ".0f"),
+    Shown("expert", "expert", ".0f"),
+    Shown("tokens", "tokens", ".0f"),
+    Shown("token_share", "share", ".3f"),
+    Shown("absmax", "largest |x|", ".4g"),
+)
 _PROOF = (Shown("check", "check"), Shown("result", "result"), Shown("detail", "detail"))
 
 
@@ -234,6 +272,38 @@ def _worst(noun: str, columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, 
     return view
 
 
+def _largest(noun: str, by: str, columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, bool], None]:
+    """Return a view that shows the rows with the largest value of a column; layers stay in their order."""
+
+    def view(title: str, frame: pd.DataFrame, everything: bool) -> None:
+        if not everything and "shared_with" in frame.columns:
+            frame = frame[frame["shared_with"] == frame["tensor"]]  # q, k and v have one input
+        if not everything and len(frame) > _FEW:
+            heading = next(column.heading for column in columns if column.name == by)
+            title = f"{title}: of {len(frame)} {noun} the {_FEW} with the highest {heading} (--all shows all)"
+            frame = frame.nlargest(_FEW, by)
+            frame = frame.sort_index() if noun == "layers" else frame
+        _show(title, frame, columns)
+
+    return view
+
+
+def _experts(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    if everything:
+        _show(title, frame, _EXPERTS)
+        return
+    summary = frame.groupby(["role", "layer"], sort=False, as_index=False).agg(
+        experts=("expert", "size"),
+        idle=("tokens", lambda tokens: int((tokens == 0).sum())),
+        fewest=("tokens", "min"),
+        most=("tokens", "max"),
+        absmax=("absmax", "max"),
+    )
+    names = {"experts": "experts", "idle": "without tokens", "fewest": "fewest tokens", "most": "most"}
+    columns = (*_EXPERTS[:2], *(Shown(name, words, ".0f") for name, words in names.items()), _EXPERTS[-1])
+    _show(title, summary, columns)
+
+
 def _spaces(title: str, frame: pd.DataFrame, everything: bool) -> None:
     if everything:
         _show(title, frame, _SPACES)
@@ -304,6 +374,10 @@ _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] =
     ("unreachable", "Cannot be scaled", _unreachable),
     ("reach", "What this plan can change", _whole(_REACH)),
     ("depth_law", "Standard deviation by layer (LIR is p = 0.5, flat is p = 0)", _whole(_DEPTH_LAW)),
+    ("residual", "Hidden state at the entry of each layer", _largest("layers", "top1_ratio", _RESIDUAL)),
+    ("activations", "Inputs of linear layers", _largest("inputs", "channel_spread", _ACTIVATIONS)),
+    ("outlier_dimensions", "Outlier dimensions of LLM.int8", _largest("dimensions", "layer_share", _OUTLIERS)),
+    ("experts", "Tokens of the experts", _experts),
     ("tensors", "Tensors", _worst("linear weights", _TENSORS)),
     ("heads", "Heads", _worst("heads", _PARTS)),
     ("channels", "Channels", _worst("channels", _PARTS)),

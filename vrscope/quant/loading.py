@@ -134,13 +134,13 @@ def is_causal(checkpoint: Checkpoint) -> bool:
     if kind not in CONFIG_MAPPING_NAMES:
         message = (
             f"{checkpoint.name}: config.json has model_type {kind!r}, which this transformers does not know. "
-            "Code from a checkpoint is never run; use a newer transformers, or `vrscope analyze`, which runs no model."
+            "Code from a checkpoint is never run; use a newer transformers, or `vrscope analyze --weights-only`."
         )
         raise ModelError(message)
     if config.get("is_encoder_decoder"):
         message = (
             f"{checkpoint.name}: expected a causal model or an encoder, found an encoder-decoder ({kind}). "
-            "Use `vrscope analyze`, which runs no model."
+            "Use `vrscope analyze --weights-only`, which runs no model."
         )
         raise ModelError(message)
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -174,7 +174,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise ModelError(message) from error
 
 
-def load_model(checkpoint: Checkpoint, device: str, dtype: str, *, eps: bool = True) -> LoadedModel:
+def load_model(checkpoint: Checkpoint, device: str, dtype: str, *, copies: int = 2, eps: bool = True) -> LoadedModel:
     """Return the checkpoint's model in float32 or bfloat16.
 
     Parameters
@@ -185,6 +185,8 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, *, eps: bool = T
         "float32" or "bfloat16": what weights are converted to and computed in.
     eps
         Whether its norms add their eps.
+    copies
+        How many times the weights have to fit into memory; twice if they are to be quantized.
 
     Raises
     ------
@@ -205,7 +207,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, *, eps: bool = T
     if dtype not in DTYPE_BYTES:
         message = f"dtype {dtype!r}: expected {' or '.join(DTYPE_BYTES)}. Choose one of them with --dtype."
         raise ModelError(message)
-    require_memory(checkpoint, device, dtype)
+    require_memory(checkpoint, device, dtype, copies)
     builder = AutoModelForCausalLM if causal else AutoModel
     if causal and checkpoint.config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         builder = AutoModelForImageTextToText  # run on text alone
@@ -238,7 +240,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, *, eps: bool = T
     if model.main_input_name != "input_ids":
         message = (
             f"{checkpoint.name}: expected a model that reads text, found one that reads {model.main_input_name}. "
-            "Use `vrscope analyze`, which runs no model."
+            "Use `vrscope analyze --weights-only`, which runs no model."
         )
         raise ModelError(message)
     model.requires_grad_(requires_grad=False)

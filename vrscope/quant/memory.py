@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
@@ -10,15 +12,15 @@ from vrscope.errors import ModelError
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}  # what a model can be run in
 
 
-def require_memory(checkpoint: Checkpoint, device: str, dtype: str) -> None:
-    """Refuse a model that would not fit twice: itself, and its quantized weights beside the original ones.
+def require_memory(checkpoint: Checkpoint, device: str, dtype: str, copies: int = 2) -> None:
+    """Refuse a model that would not fit `copies` times: by default itself, and its quantized weights beside it.
 
     Raises
     ------
     ModelError
         If less memory is free than that.
     """
-    needed = 2 * DTYPE_BYTES[dtype] * sum(info.numel for info in checkpoint.tensors.values())
+    needed = copies * _weight_bytes(checkpoint, dtype)
     free = _free_memory(device)
     if free is not None and needed > free:
         message = (
@@ -26,6 +28,50 @@ def require_memory(checkpoint: Checkpoint, device: str, dtype: str) -> None:
             f"{free / 1e9:.1f} GB. Use --dtype bfloat16, or a larger machine."
         )
         raise ModelError(message)
+
+
+def require_run_memory(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> None:
+    """Refuse to run windows of so many tokens if the model, its activations and its output would not fit.
+
+    Raises
+    ------
+    ModelError
+        If less memory is free than that.
+    """
+    needed = _weight_bytes(checkpoint, dtype) + run_bytes(checkpoint.config, window, DTYPE_BYTES[dtype])
+    free = _free_memory(device)
+    if free is not None and needed > free:
+        message = (
+            f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to run {window:,} tokens at once in "
+            f"{dtype}, found {free / 1e9:.1f} GB. Use --dtype bfloat16, fewer --tokens, or a larger machine."
+        )
+        raise ModelError(message)
+
+
+def run_bytes(config: Mapping[str, Any], window: int, width: int) -> int:
+    """Return about how many bytes one window needs while it runs, from a model's configuration; `width` per value.
+
+    Counted are the output and its float32 copy, the scores of one attention layer, mask and softmax included, and the
+    inputs and outputs of one layer with the float32 copies that statistics take, and a quarter more for what the
+    allocator holds back. What a configuration does not say counts nothing.
+    """
+    own = config.get("text_config")
+    own = own if isinstance(own, Mapping) else config
+
+    def size(*names: str) -> int:
+        return next((own[name] for name in names if isinstance(own.get(name), int)), 0)
+
+    hidden = size("hidden_size", "n_embd", "d_model", "dim")
+    inner = size("intermediate_size", "ffn_dim", "n_inner", "hidden_dim") or 4 * hidden
+    heads = size("num_attention_heads", "n_head", "n_heads")
+    output = window * size("vocab_size") * (width + 4)
+    scores = heads * window * window * (2 * width + 4)
+    layer = window * (8 * hidden + 3 * inner) * (width + 8)
+    return (output + scores + layer) * 5 // 4
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    return DTYPE_BYTES[dtype] * sum(info.numel for info in checkpoint.tensors.values())
 
 
 def _free_memory(device: str) -> int | None:

@@ -141,6 +141,25 @@ def depth_panel(
         return to_svg(figure, label, name)
 
 
+def magnitude_lines(layers: Floats, lines: Sequence[Floats], label: str) -> str:
+    """Return magnitudes over layers on a log axis: the median last, in ink, the others in the colours of series."""
+    shown = np.concatenate([line[line > 0] for line in lines])
+    low, high = float(shown.min()), float(shown.max())
+    with drawing():
+        figure = canvas(720, 300)
+        axes = figure.add_axes((64 / 720, 42 / 300, 640 / 720, 246 / 300))
+        colours = (*SERIES[: len(lines) - 1], INK)
+        for colour, line in reversed(list(zip(colours, lines, strict=True))):
+            axes.plot(layers, np.where(line > 0, line, np.nan), color=colour, linewidth=1.4, marker="o", markersize=3.4)
+        margin = max(0.5, (layers.max() - layers.min()) * 0.02)
+        axes.set_xlim(layers.min() - margin, layers.max() + margin)
+        _log_axis(axes, (low / 1.6, high * 1.6))
+        axes.set_xlabel("layer that the hidden state enters, as in the tensor names; the last point leaves the model")
+        axes.set_ylabel("magnitude")
+        axes.locator_params(axis="x", nbins=16, integer=True)
+        return to_svg(figure, label, "magnitudes")
+
+
 def _log_axis(axes: Axes, limits: tuple[float, float]) -> None:
     from matplotlib import ticker
 

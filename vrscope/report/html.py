@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrscope.report import damage, depth, limits, record, rounding, tails, tensors
+from vrscope.report import activations, damage, depth, limits, record, rounding, tails, tensors
 from vrscope.report.headline import headline
 from vrscope.tables import Report, write_text
 
@@ -29,6 +29,7 @@ _BUILDERS = (
     depth.depth,
     tails.tails,
     tails.histograms,
+    activations.activations,
     tensors.tensors,
     record.spaces,
     record.approximate,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SHOWN = frozenset(
     {
         "damage", "weight_error", "tensors", "depth_law", "histograms", "spaces", "matrices", "unreachable", "reach",
-        "proof", "approximate",
+        "proof", "activations", "residual", "outlier_dimensions", "experts", "approximate",
     }
 )  # fmt: skip
 _KNOWN = (

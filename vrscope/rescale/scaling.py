@@ -209,7 +209,7 @@ def require_finite(info: TensorInfo, block: RowBlock) -> None:
     if not bool(torch.isfinite(wide).all()):
         message = (
             f"{info.name} ({info.shard}): has NaN or infinite weights, so it is not rescaled. "
-            "`vrscope analyze` counts them per tensor."
+            "`vrscope analyze --weights-only` counts them."
         )
         raise CheckpointError(message)
 
