@@ -196,9 +196,7 @@ def check_family(model: str, output: Output, **settings: Any) -> None:
 @click.option("-o", "--out", type=_PATH, help="Folder for the page, CSV and JSON; without it, print only.")
 @options.formats
 @options.text_options
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
-)
+@options.dtype
 @click.option("--weights-only", is_flag=True, help="Error of the weights alone; runs no model.")
 @options.force
 @options.everything
@@ -214,6 +212,62 @@ def measure(model: str, others: tuple[str, ...], output: Output, **settings: Any
         report = api.measure(model, *others, progress=progress, **given(settings))
         written = api.save(report, out, force=force) if out else []
     output.finish(report, everything, wrote=written)
+
+
+@commands.command(epilog=example(f"vrscope sensitivity {_MODEL} -o fragile --format nf4 --resume"))
+@options.model
+@click.option("-o", "--out", type=_PATH, required=True, help="Folder for the page, the results, and finished units.")
+@options.format_
+@click.option("--by", type=click.Choice(["tensor", "layer", "role"]), help="What is one unit. Default: tensor.")
+@options.text_options
+@options.dtype
+@click.option("--statistics", type=_PATH, metavar="RESULTS", help="Results of `analyze` to correlate as well.")
+@click.option("--resume", is_flag=True, help="Go on with the finished units in the folder.")
+@options.revision
+@options.families
+@options.force
+@options.everything
+@options.output("sensitivity", "correlation")
+def sensitivity(model: str, out: Path, everything: bool, output: Output, **settings: Any) -> None:
+    """Rank linear weights by the damage of quantizing each alone."""
+    from vrscope import api
+
+    with output.progress() as progress:
+        report = api.sensitivity(model, out, progress=progress, **given(settings))
+        written = api.save(report, out, force=settings["force"] or settings["resume"])
+    output.finish(report, everything, wrote=written)
+
+
+@commands.command(
+    epilog=example(
+        "vrscope recipe fragile -o recipe --budget-bits 5.0",
+        "vrscope recipe fragile -o recipe --budget-kl 0.05 --for bitsandbytes,llama.cpp --check",
+    )
+)
+@click.argument("results", nargs=-1, required=True, type=_PATH)
+@click.option("-o", "--out", type=_PATH, required=True, help="Folder for the recipes, the page and the results.")
+@options.budget_options
+@click.option("--check", is_flag=True, help="Measure the mixed model, and the one with no weight kept.")
+@click.option("--model", metavar="MODEL", help="For --check, if the model is not where it was.")
+@options.text_options
+@options.dtype
+@options.force
+@options.everything
+@options.output("recipe_summary")
+def recipe(
+    results: tuple[Path, ...], out: Path, force: bool, everything: bool, output: Output, **settings: Any
+) -> None:
+    """Choose which weights stay in higher precision within a budget.
+
+    RESULTS are what `vrscope sensitivity` wrote: for the lower format, and if measured for the higher one too.
+    """
+    from vrscope import api
+
+    api.require_free(out, force)
+    with output.progress() as progress:
+        report = api.recipe(*results, out=out, force=force, progress=progress, **given(settings))
+        written = api.save(report, out, force=force)
+    output.finish(report, everything, wrote=[*(out / file for file in report.provenance["files"]), *written])
 
 
 @commands.command(epilog=example("vrscope report vrscope-demo/results.json -o again.html"))

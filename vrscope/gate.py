@@ -141,6 +141,9 @@ def check_names(rule: Rule, tables: Sequence[str]) -> None:
 
 
 def _columns(table: str) -> list[str]:
+    from vrscope.fragility.correlation import CORRELATION_COLUMNS
+    from vrscope.fragility.measure import SENSITIVITY_COLUMNS
+    from vrscope.fragility.recipe import SUMMARY_COLUMNS
     from vrscope.quant.metrics import DAMAGE_COLUMNS
     from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS
     from vrscope.rescale.describe import MATRIX_COLUMNS, SPACE_COLUMNS
@@ -151,11 +154,14 @@ def _columns(table: str) -> list[str]:
 
     known = {
         "channels": CHANNEL_COLUMNS,
+        "correlation": CORRELATION_COLUMNS,
         "damage": DAMAGE_COLUMNS,
         "depth_law": DEPTH_LAW_COLUMNS,
         "heads": HEAD_COLUMNS,
         "matrices": MATRIX_COLUMNS,
         "reach": REACH_COLUMNS,
+        "recipe_summary": SUMMARY_COLUMNS,
+        "sensitivity": SENSITIVITY_COLUMNS,
         "spaces": SPACE_COLUMNS,
         "tensors": (*TENSOR_COLUMNS, *SPECTRAL_COLUMNS),
         "weight_error": WEIGHT_ERROR_COLUMNS,

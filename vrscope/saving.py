@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 
 RESULTS_FILE, PAGE_FILE, PLAN_COPY = "results.json", "report.html", "plan.json"
 CSV_TABLES = (
+    "additivity",
     "channels",
+    "correlation",
     "damage",
     "depth_law",
     "heads",
+    "linears",
     "matrices",
     "proof",
     "reach",
+    "recipe",
+    "recipe_summary",
+    "sensitivity",
     "spaces",
     "tensors",
     "unreachable",

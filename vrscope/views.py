@@ -99,6 +99,41 @@ _REACH = (
     Shown("tensors_total", "of", ".0f"),
     Shown("reason", "why"),
 )
+_RECIPE = (
+    Shown("what", "model"),
+    Shown("kept", "weights kept", ".0f"),
+    Shown("bits_per_weight", "bits per weight", ".3g"),
+    Shown("model_bytes", "bytes", ",.0f"),
+    Shown("predicted", "single damages added", ".4g"),
+    Shown("measured", "measured", "#.4g", "measured_sem"),
+    Shown("change", "change", "#.3g", "change_sem"),
+)
+_SENSITIVITY = (
+    Shown("rank", "rank", ".0f"),
+    Shown("unit", "unit"),
+    Shown("size_bytes", "bytes", ",.0f"),
+    Shown("kl", "KL (nats)", "#.4g", "kl_sem"),
+    Shown("relative_error", "relative error", ".4g", "relative_error_sem"),
+    Shown("share", "share", ".1%"),
+    Shown("cumulative_share", "cumulative", ".1%"),
+    Shown("cumulative_size_share", "of the bytes", ".1%"),
+)
+_ADDITIVITY = (
+    Shown("what", "what"),
+    Shown("kl", "KL (nats)", "#.4g", "kl_sem"),
+    Shown("relative_error", "relative error", ".4g", "relative_error_sem"),
+)
+_CORRELATION = (
+    Shown("statistic", "statistic"),
+    Shown("n", "tensors", ".0f"),
+    Shown("rho", "rho", "+.2f"),
+    Shown("rho_low", "low", "+.2f"),
+    Shown("rho_high", "high", "+.2f"),
+    Shown("rho_within_role", "within roles", "+.2f"),
+    Shown("p_holm", "p (Holm)", ".2g"),
+    Shown("expected", "expected"),
+    Shown("outcome", "outcome"),
+)
 _PROOF = (Shown("check", "check"), Shown("result", "result"), Shown("detail", "detail"))
 
 
@@ -276,9 +311,25 @@ def _whole(columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, bool], None
     return view
 
 
+def _first(noun: str, columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, bool], None]:
+    """Return a view that shows the first rows of a table that is sorted already."""
+
+    def view(title: str, frame: pd.DataFrame, everything: bool) -> None:
+        if not everything and len(frame) > _FEW:
+            title = f"{title}: the first {_FEW} of {len(frame)} {noun} (--all shows all)"
+            frame = frame.head(_FEW)
+        _show(title, frame, columns)
+
+    return view
+
+
 _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] = (
     ("proof", "Proof", _whole(_PROOF)),
     ("damage", "Damage of the whole model, against the original unquantized one", _damage),
+    ("recipe_summary", "The recipe beside its extremes", _whole(_RECIPE)),
+    ("sensitivity", "Damage of each unit quantized alone", _first("units", _SENSITIVITY)),
+    ("additivity", "Do single damages add up?", _whole(_ADDITIVITY)),
+    ("correlation", "Spearman's correlation with that damage, 95 % intervals", _first("statistics", _CORRELATION)),
     ("weight_error", "Error of the quantized weights", _weight_error),
     ("spaces", "Scales chosen", _spaces),
     ("matrices", "Standard deviations", _matrices),

@@ -69,7 +69,7 @@ def statistics_of(tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, str], d
             for name, values in _numeric(frame):
                 if name == "layer" and table != "tensors":
                     continue
-                found[table, name] = values.groupby(frame["tensor"]).max().to_dict()
+                found[table, name] = {str(k): float(v) for k, v in values.groupby(frame["tensor"]).max().items()}
     errors = tables.get("weight_error")
     if errors is not None:
         for scheme, own in errors.groupby("format", sort=False):

@@ -8,7 +8,7 @@ from typing import Any
 
 from vrscope.errors import PlanError
 
-_LAYERS = 1024  # the map lists names layer by layer; more than any model has
+_LAYERS = 256  # the map lists names layer by layer; more than any model has
 # Model types of transformers that llama.cpp runs as another architecture's.
 _ALIASES = {
     "mistral": "llama",

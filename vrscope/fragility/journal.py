@@ -34,6 +34,7 @@ class Journal:
     path: Path | None = None
     done: dict[str, dict[str, float]] = field(default_factory=dict)
     _file: IO[bytes] | None = None
+    _header: Mapping[str, Any] | None = None  # still to be written
 
     def __enter__(self) -> Journal:
         return self
@@ -50,8 +51,11 @@ class Journal:
         OutputError
             If the disk is full.
         """
-        self.done[unit] = dict(figures)
+        if self._header is not None:
+            self._write(self._header)
+            self._header = None
         self._write({"unit": unit, **figures})
+        self.done[unit] = dict(figures)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
@@ -100,10 +104,7 @@ def open_journal(path: Path, subject: Mapping[str, Any], *, resume: bool, force:
     except OSError as error:
         message = f"{path}: cannot be written ({error.strerror or error}). Choose a folder you may write to."
         raise OutputError(message) from error
-    journal = Journal(path, done, file)
-    if not whole:
-        journal._write(header)
-    return journal
+    return Journal(path, done, file, None if whole else header)
 
 
 def _read(path: Path, content: bytes, header: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], int]:

@@ -121,9 +121,7 @@ def find_linears(
         role = roles[tensor] if tensor is not None and tensor in roles else guessed[weight.name]
         size = checkpoint.tensors[tensor].size_bytes if tensor else weight.parameter.numel() * item
         module = weight.name.removesuffix(".weight")
-        linears.append(
-            Linear(tensor or weight.name, module, role.role, role.layer, size, tensor is not None, weight)
-        )
+        linears.append(Linear(tensor or weight.name, module, role.role, role.layer, size, tensor is not None, weight))
     return linears
 
 

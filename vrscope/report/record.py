@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SHOWN = frozenset(
     {
         "damage", "weight_error", "tensors", "depth_law", "histograms", "spaces", "matrices", "unreachable", "reach",
-        "proof",
+        "proof", "sensitivity", "correlation", "additivity", "recipe", "recipe_summary",
     }
 )  # fmt: skip
 _KNOWN = (
