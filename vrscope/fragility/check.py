@@ -29,7 +29,7 @@ def check_recipe(
     formats: tuple[Format, Format],
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """Return what three models lose against the original: all weights in the lower format, the recipe, all in the higher.
+    """Return what three models lose: all weights in the lower format, by the recipe, and all in the higher one.
 
     Parameters
     ----------

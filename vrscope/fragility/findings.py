@@ -36,14 +36,14 @@ def _sensitivity(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, An
     frame = tables["sensitivity"]
     causal = bool(frame["kl"].notna().any())
     measure, name, unit = ("kl", "KL", " nats") if causal else ("relative_error", "relative error", "")
-    top = frame.iloc[0]
+    top, error = frame.iloc[0], f"{measure}_sem"
     scheme = provenance.get("settings", {}).get("format", "the format")
     half = int((frame["cumulative_share"] < 0.5).sum()) + 1
     size = float(frame["cumulative_size_share"].iloc[min(half, len(frame)) - 1])
     text = (
-        f"Most fragile in {scheme}: {top['unit']}, alone {name} {top[measure]:.3g} ± {top[f'{measure}_sem']:.2g}{unit}, "
-        f"{100 * top['share']:.0f} % of the sum over {len(frame)} units. Half of the sum comes from {half} units, which "
-        f"hold {100 * size:.1f} % of the bytes."
+        f"Most fragile in {scheme}: {top['unit']}, alone {name} {top[measure]:.3g} ± {top[error]:.2g}{unit}, "
+        f"{100 * top['share']:.0f} % of the sum over {len(frame)} units. Half of the sum comes from {half} of them, "
+        f"which hold {100 * size:.1f} % of the bytes."
     )
     return [_say("note", text)]
 
@@ -54,13 +54,13 @@ def _additivity(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
     frame = tables["additivity"]
     causal = bool(frame["kl"].notna().any())
     measure, unit = ("kl", " nats") if causal else ("relative_error", "")
-    joint, alone = frame.iloc[0], frame.iloc[1]
+    joint, alone, error = frame.iloc[0], frame.iloc[1], f"{measure}_sem"
     if not alone[measure] > 0:
         return []
     how = "Single damages" if causal else "Single errors, squared,"
     text = (
-        f"{how} add up to {alone[measure]:.3g} ± {alone[f'{measure}_sem']:.2g}{unit}; all units at once lose "
-        f"{joint[measure]:.3g} ± {joint[f'{measure}_sem']:.2g}{unit}, {joint[measure] / alone[measure]:.2f} times that. "
+        f"{how} add up to {alone[measure]:.3g} ± {alone[error]:.2g}{unit}; all units at once lose "
+        f"{joint[measure]:.3g} ± {joint[error]:.2g}{unit}, {joint[measure] / alone[measure]:.2f} times that. "
         "A recipe assumes that they add up."
     )
     return [_say("note", text)]
@@ -83,9 +83,10 @@ def _correlation(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
     if len(wrong):
         found.append(_say("bad", f"Numbers that point the wrong way on this model: {_listed(wrong)}."))
     none = frame[(frame["outcome"] == "none") & (frame["expected"].fillna("") != "")]
+    none = none[~none["statistic"].str.contains("[", regex=False)]
     if len(none):
-        text = f"Numbers expected to tell, whose interval holds 0: {', '.join(none['statistic'])}."
-        found.append(_say("note", text))
+        names = ", ".join(none["statistic"])
+        found.append(_say("note", f"Of the numbers expected to tell, these do not (their interval holds 0): {names}."))
     return found
 
 
