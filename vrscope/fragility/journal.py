@@ -120,7 +120,8 @@ def _read(path: Path, content: bytes, header: Mapping[str, Any]) -> tuple[dict[s
             if number == 1:
                 _require_same(path, entry, header)
             else:
-                done[str(entry.pop("unit"))] = {str(key): float(value) for key, value in entry.items()}
+                unit = str(entry.pop("unit"))
+                done[unit] = {str(key): float(value) for key, value in entry.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{path}: expected one finished unit per line, found something else in line {number}. "
             raise OutputError(message + "Begin anew with --force.") from error
