@@ -14,7 +14,9 @@ from vrscope.fragility.budget import Item, fuse, within_bytes, within_damage
 def items(seed: int, count: int = 10) -> list[Item]:
     rng = np.random.default_rng(seed)
     sizes, damages = rng.integers(1, 20, count) * 100.0, rng.lognormal(-3, 1.5, count)
-    return [Item(f"u{k}", (f"m{k}",), s, 4 * s, d, 0.02 * d) for k, (s, d) in enumerate(zip(sizes, damages, strict=True))]
+    return [
+        Item(f"u{k}", (f"m{k}",), s, 4 * s, d, 0.02 * d) for k, (s, d) in enumerate(zip(sizes, damages, strict=True))
+    ]
 
 
 def size(own: list[Item], kept: tuple[bool, ...] | list[bool]) -> float:
@@ -33,7 +35,9 @@ def test_within_bytes_fits_and_is_near_the_best_of_all_choices(seed: int) -> Non
         room = low * (1 + 3 * share)
         kept = within_bytes(own, room)
         assert size(own, kept) <= room * (1 + 1e-9)
-        possible = (choice for choice in itertools.product((False, True), repeat=10) if size(own, choice) <= room + 1e-6)
+        possible = (
+            choice for choice in itertools.product((False, True), repeat=10) if size(own, choice) <= room + 1e-6
+        )
         best = min(damage(own, choice) for choice in possible)
         left_out = [item.gain for item, keep in zip(own, kept, strict=True) if not keep]
         assert damage(own, kept) - best <= max(left_out, default=0.0) + 1e-12

@@ -22,7 +22,7 @@ def write(path: Path, *units: str) -> None:
 
 def test_what_was_added_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "new" / "units.jsonl"
-    values = {"a": 0.1 + 0.2, "b": 5e-324, "c\n\u2028\"": 1 / 3}
+    values = {"a": 0.1 + 0.2, "b": 5e-324, 'c\n\u2028"': 1 / 3}
     with open_journal(path, SUBJECT, resume=False) as journal:
         for unit, value in values.items():
             journal.add(unit, {"damage": value, "damage_sem": math.inf})
@@ -60,7 +60,9 @@ def test_a_torn_header_begins_anew(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize(("key", "value"), [("format", "fp4"), ("tokens", 1024), ("model", "e" * 64), ("text", "b" * 64)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("format", "fp4"), ("tokens", 1024), ("model", "e" * 64), ("text", "b" * 64)]
+)
 def test_a_journal_of_other_work_is_refused_by_what_differs(tmp_path: Path, key: str, value: object) -> None:
     path = tmp_path / "units.jsonl"
     write(path, "first")

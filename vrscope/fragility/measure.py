@@ -148,13 +148,15 @@ def divergence(reference: Tensor, logits: Tensor) -> Floats:
         share /= share.sum(-1, keepdim=True)
         # A token of no probability adds nothing, also where both logits are -inf.
         change = (found.double() - expected.double()).where(share != 0, 0.0)
-        change -= (share * change).sum(-1, keepdim=True)
+        mean = (share * change).sum(-1, keepdim=True)
+        change -= mean
         top = change.amax(-1, keepdim=True).clamp_min(0.0)
         small = torch.log1p((share * (torch.expm1(change) - change)).sum(-1))
         large = torch.log((share * torch.exp(change - top)).sum(-1)) + top[:, 0]  # where e^u would overflow
-        parts.append(torch.where(top[:, 0] < 20.0, small, large).clamp_min(0.0))
-    values: Floats = torch.cat(parts).cpu().numpy()
-    return values
+        values = torch.where(top[:, 0] < 20.0, small, large).clamp_min(0.0)
+        parts.append(values.where(~mean[:, 0].isneginf(), math.inf))  # a possible token became impossible
+    found: Floats = torch.cat(parts).cpu().numpy()
+    return found
 
 
 def measure_units(
