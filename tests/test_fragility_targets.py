@@ -189,5 +189,5 @@ def test_names_of_llama_cpp_are_those_of_its_own_map() -> None:
         assert not re.search(gguf_patterns("qwen3_moe", "model.layers.1.self_attn.q_proj")[0], other)
     with pytest.raises(PlanError, match="found none in its name map"):
         gguf_patterns("llama", "model.layers.0.colour")
-    with pytest.raises(PlanError, match="Leave llama.cpp out of --for"):
+    with pytest.raises(PlanError, match=r"Leave llama\.cpp out of --for"):
         gguf_patterns("no_such_type", "model.layers.0.mlp.down_proj")

@@ -257,7 +257,7 @@ def sensitivity(model: str, out: Path, everything: bool, output: Output, **setti
 def recipe(
     results: tuple[Path, ...], out: Path, force: bool, everything: bool, output: Output, **settings: Any
 ) -> None:
-    """Choose which weights stay in higher precision within a budget.
+    """Choose which weights to keep in higher precision.
 
     RESULTS are what `vrscope sensitivity` wrote: for the lower format, and if measured for the higher one too.
     """
@@ -267,7 +267,7 @@ def recipe(
     with output.progress() as progress:
         report = api.recipe(*results, out=out, force=force, progress=progress, **given(settings))
         written = api.save(report, out, force=force)
-    output.finish(report, everything, wrote=[*(out / file for file in report.provenance["files"]), *written])
+    output.finish(report, everything, wrote=[*(out / file for file in report.provenance.get("files", ())), *written])
 
 
 @commands.command(epilog=example("vrscope report vrscope-demo/results.json -o again.html"))

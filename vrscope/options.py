@@ -282,7 +282,9 @@ def budget_options(command: Command) -> Command:
             click.option("--budget-bytes", type=POSITIVE, metavar="N", help="Bytes of the whole model."),
             click.option("--budget-gb", type=POSITIVE, metavar="GB", help="The same in 10^9 bytes."),
             click.option("--budget-kl", type=POSITIVE, metavar="NATS", help="Sum of single damages; the size follows."),
-            click.option("--low", type=_Name(), help="Lower format. Default: the smallest that was measured."),
+            click.option(
+                "--low", type=_Name(), help="Lower format, if several were measured; the smallest unless given."
+            ),
             click.option(
                 "--high",
                 type=click.Choice(["bfloat16", "int8", "int8-row"]),
