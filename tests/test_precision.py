@@ -163,6 +163,7 @@ def test_a_size_budget_is_kept_and_spent_on_damage_per_byte(nf4: Report, tmp_pat
     skip = json.loads((tmp_path / "bitsandbytes.json").read_text())["llm_int8_skip_modules"]
     assert set(skip) == {"lm_head", *table.loc[table["kept"], "module"]}
     assert any("llm-compressor" in note and "nf4" in note for note in report.provenance["notes"])
+    assert all(note in [finding["text"] for finding in report.verdict] for note in report.provenance["notes"])
 
 
 def test_all_kinds_of_budget_mean_the_same_model(nf4: Report) -> None:
@@ -269,7 +270,16 @@ def test_the_page_of_a_recipe_and_hostile_names(nf4: Report, tmp_path: Path) -> 
 def test_findings_name_what_predicts_and_what_points_the_wrong_way() -> None:
     def row(name: str, rho: float, outcome: str, p: float = 0.001, expected: str = "more") -> dict:
         ends = {"rho_low": rho - 0.1, "rho_high": rho + 0.1}
-        return {"statistic": name, "rho": rho, **ends, "n": 50, "p_holm": p, "outcome": outcome, "expected": expected}
+        return {
+            "statistic": name,
+            "rho": rho,
+            **ends,
+            "n": 50,
+            "p_holm": p,
+            "rho_within_role": float("nan"),
+            "outcome": outcome,
+            "expected": expected,
+        }
 
     rows = [row("std", 0.8, "predicts"), row("absmax", -0.6, "wrong way"), row("kurtosis_excess", 0.05, "none", 1.0)]
     said = findings.findings({"correlation": pd.DataFrame(rows)}, {})

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from vrscope import __version__, console, options
+from vrscope import __version__, console, options, recipe_options
 from vrscope.errors import VrscopeError
 from vrscope.options import Output, example, given
 
@@ -217,7 +217,7 @@ def measure(model: str, others: tuple[str, ...], output: Output, **settings: Any
 @commands.command(epilog=example(f"vrscope sensitivity {_MODEL} -o fragile --format nf4 --resume"))
 @options.model
 @click.option("-o", "--out", type=_PATH, required=True, help="Folder for the page, the results, and finished units.")
-@options.format_
+@recipe_options.format_
 @click.option("--by", type=click.Choice(["tensor", "layer", "role"]), help="What is one unit. Default: tensor.")
 @options.text_options
 @options.dtype
@@ -246,7 +246,7 @@ def sensitivity(model: str, out: Path, everything: bool, output: Output, **setti
 )
 @click.argument("results", nargs=-1, required=True, type=_PATH)
 @click.option("-o", "--out", type=_PATH, required=True, help="Folder for the recipes, the page and the results.")
-@options.budget_options
+@recipe_options.budget_options
 @click.option("--check", is_flag=True, help="Measure the mixed model, and the one with no weight kept.")
 @click.option("--model", metavar="MODEL", help="For --check, if the model is not where it was.")
 @options.text_options

@@ -96,22 +96,20 @@ def _identity(rows: Any, rule: Rule) -> dict[str, Any]:
     return {name: first[name] for name in dict.fromkeys((*names, rule.column))}
 
 
-class _Names(click.ParamType[Any]):
+class Names(click.ParamType[Any]):
     """Comma-separated names from one of the tables; a wrong one is a usage error that names the right ones."""
 
     name = "names"
 
-    def __init__(self, noun: str = "format") -> None:
-        self.noun = noun
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the names, each once."""
         if not isinstance(value, str):
             return value
         from vrscope.errors import UnknownNameError
 
         names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
         if not names:
-            self.fail(f"no {self.noun} is named.", param, ctx)
+            self.fail("no name is given. See `vrscope list`.", param, ctx)
         for name in names:
             try:
                 self.look_up(name)
@@ -121,26 +119,9 @@ class _Names(click.ParamType[Any]):
 
     def look_up(self, name: str) -> None:
         """Raise an error that lists the right names if this is none of them."""
-        from vrscope.fragility.targets import get_target
         from vrscope.quant.formats import get_format
 
-        (get_target if self.noun == "target" else get_format)(name)
-
-
-class _Name(_Names):
-    """One such name."""
-
-    name = "name"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        names = super().convert(value, param, ctx)
-        return (
-            names
-            if isinstance(names, str)
-            else names[0]
-            if len(names) == 1
-            else self.fail("give one name.", param, ctx)
-        )
+        get_format(name)
 
 
 class _RuleType(click.ParamType[Any]):
@@ -264,45 +245,6 @@ def text_options(command: Command) -> Command:
     )
 
 
-def budget_options(command: Command) -> Command:
-    """Add the budgets of a recipe, of which exactly one is to be given, and what they are spent on."""
-    kinds = ("bits", "bytes", "gb", "kl")
-
-    @functools.wraps(command)
-    def checked(*arguments: Any, **settings: Any) -> Any:
-        stated = [kind for kind in kinds if settings[f"budget_{kind}"] is not None]
-        if len(stated) != 1:
-            message = f"give one budget: {', '.join(f'--budget-{kind}' for kind in kinds)}."
-            raise click.UsageError(message)
-        return command(*arguments, **settings)
-
-    return _apply(
-        [
-            click.option("--budget-bits", type=POSITIVE, metavar="BITS", help="Mean bits per linear weight."),
-            click.option("--budget-bytes", type=POSITIVE, metavar="N", help="Bytes of the whole model."),
-            click.option("--budget-gb", type=POSITIVE, metavar="GB", help="The same in 10^9 bytes."),
-            click.option("--budget-kl", type=POSITIVE, metavar="NATS", help="Sum of single damages; the size follows."),
-            click.option(
-                "--low", type=_Name(), help="Lower format, if several were measured; the smallest unless given."
-            ),
-            click.option(
-                "--high",
-                type=click.Choice(["bfloat16", "int8", "int8-row"]),
-                help="What kept weights stay in. Default: bfloat16.",
-            ),
-            click.option(
-                "--for",
-                "targets",
-                type=_Names("target"),
-                metavar="NAMES",
-                help="Comma-separated tools to write for. Default: bitsandbytes,llm-compressor,torchao,llama.cpp.",
-            ),
-            click.option("--fuse", is_flag=True, help="Keep q, k, v together, and gate and up, as vLLM joins them."),
-        ],
-        checked,
-    )
-
-
 def _known_method(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is None:
         return None
@@ -352,11 +294,10 @@ families = click.option(
 everything = click.option("--all", "everything", is_flag=True, help="Print long tables whole.")
 formats = click.option(
     "--formats",
-    type=_Names(),
+    type=Names(),
     metavar="NAMES",
     help="Comma-separated; see `vrscope list formats`. Default: int8,int8-row,nf4,fp4,int4-g64.",
 )
-format_ = click.option("--format", type=_Name(), metavar="NAME", help="See `vrscope list formats`. Default: nf4.")
 dtype = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
 )

@@ -6,10 +6,10 @@ Everything here is display: numbers come from the tables of a `Report` and nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vrscope.console import emit, escape, print_table, say
+from vrscope.shown import ADDITIVITY, CORRELATION, RECIPE, SENSITIVITY, Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 _FEW = 10  # rows of the short form of a long table
 _OUTCOME = frozenset(("damage", "reach"))
 _MARKS = {"good": ("+", "green"), "note": ("-", ""), "bad": ("!", "bold red")}
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A column as it is shown: its name in the table, its heading, its format, and the column of its standard error."""
-
-    name: str
-    heading: str
-    style: str = ""
-    error: str = ""
 
 
 _DAMAGE = (
@@ -98,41 +88,6 @@ _REACH = (
     Shown("tensors_changed", "tensors", ".0f"),
     Shown("tensors_total", "of", ".0f"),
     Shown("reason", "why"),
-)
-_RECIPE = (
-    Shown("what", "model"),
-    Shown("kept", "weights kept", ".0f"),
-    Shown("bits_per_weight", "bits per weight", ".3g"),
-    Shown("model_bytes", "bytes", ",.0f"),
-    Shown("predicted", "single damages added", ".4g"),
-    Shown("measured", "measured", "#.4g", "measured_sem"),
-    Shown("change", "change", "#.3g", "change_sem"),
-)
-_SENSITIVITY = (
-    Shown("rank", "rank", ".0f"),
-    Shown("unit", "unit"),
-    Shown("size_bytes", "bytes", ",.0f"),
-    Shown("kl", "KL (nats)", "#.4g", "kl_sem"),
-    Shown("relative_error", "relative error", ".4g", "relative_error_sem"),
-    Shown("share", "share", ".1%"),
-    Shown("cumulative_share", "cumulative", ".1%"),
-    Shown("cumulative_size_share", "of the bytes", ".1%"),
-)
-_ADDITIVITY = (
-    Shown("what", "what"),
-    Shown("kl", "KL (nats)", "#.4g", "kl_sem"),
-    Shown("relative_error", "relative error", ".4g", "relative_error_sem"),
-)
-_CORRELATION = (
-    Shown("statistic", "statistic"),
-    Shown("n", "tensors", ".0f"),
-    Shown("rho", "rho", "+.2f"),
-    Shown("rho_low", "low", "+.2f"),
-    Shown("rho_high", "high", "+.2f"),
-    Shown("rho_within_role", "within roles", "+.2f"),
-    Shown("p_holm", "p (Holm)", ".2g"),
-    Shown("expected", "expected"),
-    Shown("outcome", "outcome"),
 )
 _PROOF = (Shown("check", "check"), Shown("result", "result"), Shown("detail", "detail"))
 
@@ -326,10 +281,10 @@ def _first(noun: str, columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, 
 _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] = (
     ("proof", "Proof", _whole(_PROOF)),
     ("damage", "Damage of the whole model, against the original unquantized one", _damage),
-    ("recipe_summary", "The recipe beside its extremes", _whole(_RECIPE)),
-    ("sensitivity", "Damage of each unit quantized alone", _first("units", _SENSITIVITY)),
-    ("additivity", "Do single damages add up?", _whole(_ADDITIVITY)),
-    ("correlation", "Spearman's correlation with that damage, 95 % intervals", _first("statistics", _CORRELATION)),
+    ("recipe_summary", "The recipe beside its extremes", _whole(RECIPE)),
+    ("sensitivity", "Damage of each unit quantized alone", _first("units", SENSITIVITY)),
+    ("additivity", "Do single damages add up?", _whole(ADDITIVITY)),
+    ("correlation", "Spearman's correlation with that damage, 95 % intervals", _first("statistics", CORRELATION)),
     ("weight_error", "Error of the quantized weights", _weight_error),
     ("spaces", "Scales chosen", _spaces),
     ("matrices", "Standard deviations", _matrices),

@@ -18,7 +18,7 @@ def findings(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) 
         *_sensitivity(tables, provenance),
         *_additivity(tables),
         *_correlation(tables),
-        *_recipe(tables),
+        *_recipe(tables, provenance),
     ]
 
 
@@ -37,7 +37,8 @@ def _sensitivity(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, An
     causal = bool(frame["kl"].notna().any())
     measure, name, unit = ("kl", "KL", " nats") if causal else ("relative_error", "relative error", "")
     top, error = frame.iloc[0], f"{measure}_sem"
-    scheme = provenance.get("settings", {}).get("format", "the format")
+    settings = provenance.get("settings", {})
+    scheme = settings.get("format") or settings.get("low") or "the format"
     half = int((frame["cumulative_share"] < 0.5).sum()) + 1
     size = float(frame["cumulative_size_share"].iloc[min(half, len(frame)) - 1])
     text = (
@@ -92,15 +93,16 @@ def _correlation(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
 
 def _listed(frame: pd.DataFrame) -> str:
     rows = frame.head(_FEW)
-    words = [
-        f"{row['statistic']} {row['rho']:+.2f} [{row['rho_low']:+.2f}, {row['rho_high']:+.2f}]"
-        for _, row in rows.iterrows()
-    ]
+    words = []
+    for _, row in rows.iterrows():
+        inside = row["rho_within_role"]
+        own = f"; within roles {inside:+.2f}" if inside == inside else ""
+        words.append(f"{row['statistic']} {row['rho']:+.2f} [{row['rho_low']:+.2f}, {row['rho_high']:+.2f}{own}]")
     more = len(frame) - len(rows)
     return ", ".join(words) + (f" and {more} more" if more else "") + f" over {int(rows['n'].min())} tensors"
 
 
-def _recipe(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
+def _recipe(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> list[Finding]:
     if not _has(tables, "recipe_summary"):
         return []
     low, mixed, _ = (row for _, row in tables["recipe_summary"].iterrows())
@@ -120,4 +122,5 @@ def _recipe(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
             + ("." if better else ", no gain beyond the noise of this sample.")
         )
         found.append(_say("good" if better else "note", text))
-    return found
+    notes = provenance.get("notes")
+    return found + [_say("note", str(note)) for note in (notes if isinstance(notes, list | tuple) else ())]

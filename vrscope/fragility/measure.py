@@ -155,8 +155,8 @@ def divergence(reference: Tensor, logits: Tensor) -> Floats:
         large = torch.log((share * torch.exp(change - top)).sum(-1)) + top[:, 0]  # where e^u would overflow
         values = torch.where(top[:, 0] < 20.0, small, large).clamp_min(0.0)
         parts.append(values.where(~mean[:, 0].isneginf(), math.inf))  # a possible token became impossible
-    found: Floats = torch.cat(parts).cpu().numpy()
-    return found
+    divergences: Floats = torch.cat(parts).cpu().numpy()
+    return divergences
 
 
 def measure_units(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vrscope.report import fragility_figures as figures
-from vrscope.report.blocks import Block, Cell, Figure, Figures, Head, Section, Swatch, Table, Text
+from vrscope.report.blocks import Block, Cell, Figure, Figures, Head, Section, Swatch, Table
 from vrscope.report.columns import flags, frame_of, head, numbers, texts
 from vrscope.report.text import MISSING, number, plus_minus, size, visible
 from vrscope.tables import Report
@@ -53,7 +54,9 @@ def sensitivity(report: Report) -> Section | None:
         said = "Share of the summed damage over share of bytes"
         blocks.append(Figures((Figure(svg, said, said),), legend))
     blocks += [_ranking(report, frame, measure, order), *_additivity(report)]
-    tokens, text = report.provenance.get("tokens"), visible(report.provenance.get("text"))
+    facts = report.provenance.get("sensitivity")  # of a recipe, whose own text is another
+    facts = facts if isinstance(facts, Mapping) else report.provenance
+    tokens, text = facts.get("tokens"), visible(facts.get("text"))
     sample = f" Measured on {number(tokens)} tokens of {text}." if tokens and text else ""
     lead = (
         f"Each unit was quantized by itself while all the rest stayed as it is. What it costs the model is its "
@@ -108,9 +111,9 @@ def correlation(report: Report) -> Section | None:
         for k in order[:_INTERVALS]
     ]
     legend = (
-        Swatch("--series-0", "dot", "interval without 0"),
-        Swatch("--series-1", "dot", "points the wrong way"),
-        Swatch("--muted", "dot", "interval holds 0"),
+        Swatch("--series-0", "line", "interval without 0"),
+        Swatch("--series-1", "line", "points the wrong way"),
+        Swatch("--muted", "line", "interval holds 0"),
     )
     axis = "Rank correlation of each statistic with the damage"
     more = f" The strongest {_INTERVALS} of {len(order)} are drawn." if len(order) > _INTERVALS else ""
@@ -173,7 +176,6 @@ def recipe(report: Report) -> Section | None:
     )
     blocks: list[Block] = [Table("The recipe beside its extremes", tuple(heads), tuple(rows), note)]
     blocks += [] if chosen is None else [_kept(report, chosen)]
-    blocks += [Text(visible(text)) for text in _texts_of(report, "notes")]
     files = ", ".join(visible(name) for name in _texts_of(report, "files"))
     written = f" Written for other tools: {files}." if files else ""
     lead = f"Which weights stay in higher precision, so that each byte spent avoids most damage.{written}"
