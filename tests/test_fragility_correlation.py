@@ -122,9 +122,14 @@ def test_errors_are_named_by_format_and_joined_with_norms() -> None:
 
 def test_a_table_of_activations_is_used_if_it_is_there() -> None:
     rows = pd.DataFrame(
-        {"tensor": [*NAMES, "t0"], "layer": 0, "input_absmax": [*DAMAGE, 2 * DAMAGE.max()], "tokens": 5, "text": "x"}
+        {"tensor": [*NAMES, "t0"], "layer": 0, "absmax": [*DAMAGE, 2 * DAMAGE.max()], "tokens": 5, "text": "x"}
     )
     found = statistics_of({"activations": rows})
-    assert set(found) == {("activations", "input_absmax")}
-    assert found["activations", "input_absmax"]["t0"] == 2 * DAMAGE.max(), "of several rows the largest counts"
+    assert set(found) == {("activations", "input absmax")}
+    assert found["activations", "input absmax"]["t0"] == 2 * DAMAGE.max(), "of several rows the largest counts"
     assert correlate(damage(), {"activations": rows})["source"].tolist() == ["activations"]
+    errors = pd.DataFrame({"tensor": NAMES, "format": "nf4", "relative_error": DAMAGE})
+    inputs = pd.DataFrame({"tensor": NAMES[1:], "std": np.full(N - 1, 3.0)})
+    both = statistics_of({**tables(frobenius_norm=np.full(N, 2.0)), "weight_error": errors, "activations": inputs})
+    product = both["weight_error", "error_norm[nf4] x input std"]
+    assert "t0" not in product and product["t1"] == pytest.approx(6 * DAMAGE[1])

@@ -104,12 +104,16 @@ def test_the_report_says_what_it_is_of(nf4: Report) -> None:
 
 def test_saved_statistics_are_correlated_as_well(nf4: Report, tmp_path: Path) -> None:
     units = nf4.tables["sensitivity"]
-    extra = pd.DataFrame({"tensor": units["unit"], "input_absmax": units["kl"] ** 2})
-    report = Report("analyze", {"model": "m"}, (), {"activations": extra}, {})
+    extra = pd.DataFrame({"tensor": units["unit"], "absmax": units["kl"] ** 2})
+    spectral = pd.DataFrame({"tensor": units["unit"], "stable_rank": -units["kl"], "std": 1.0})
+    report = Report("analyze", {"model": "m"}, (), {"activations": extra, "tensors": spectral}, {})
     api.save(report, tmp_path / "stats", html=False)
     found = api.sensitivity(demo_model(), tokens=TOKENS, statistics=tmp_path / "stats")
-    row = found.tables["correlation"].set_index("statistic").loc["input_absmax"]
-    assert row["rho"] == pytest.approx(1) and row["source"] == "activations"
+    rows = found.tables["correlation"].set_index("statistic")
+    row = rows.loc["stable_rank"]
+    assert row["rho"] == pytest.approx(-1) and row["same_ranking"] == "input absmax"
+    std = nf4.tables["correlation"].set_index("statistic").loc["std"]
+    assert rows.loc["std", "rho"] == std["rho"], "what is measured is not replaced"
 
 
 @pytest.mark.parametrize("by", ["layer", "role"])

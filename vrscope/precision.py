@@ -131,7 +131,7 @@ def sensitivity(
     }
     if by == "tensor":
         measured = _statistics(checkpoint, families, entry, progress)
-        _add_correlation(tables, columns, table, measured | _of_statistics(saved))
+        _add_correlation(tables, columns, table, _joined(measured, saved))
     arguments = {"out": out, "format": format, "by": by, "text": text, "tokens": tokens, "device": device}
     arguments |= {"dtype": dtype, "statistics": statistics, "revision": revision, "families": families}
     stored = sum(info.size_bytes for info in checkpoint.tensors.values())
@@ -298,13 +298,16 @@ def _statistics(
     }
 
 
-def _of_statistics(saved: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return the tables of saved results that hold statistics of the first checkpoint in them."""
-    found = {name: saved[name] for name in ("tensors", "weight_error", "activations") if name in saved}
-    for name, frame in found.items():
-        if "checkpoint" in frame.columns and len(frame):
-            found[name] = frame[frame["checkpoint"] == frame["checkpoint"].iloc[0]]
-    return found
+def _joined(measured: dict[str, pd.DataFrame], saved: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return measured statistics with what saved results add: activations, and more columns of tensors."""
+    tables = dict(measured)
+    if "activations" in saved:
+        tables["activations"] = saved["activations"]
+    if "tensors" in saved:
+        more = saved["tensors"].drop_duplicates("tensor").set_index("tensor")
+        more = more[[name for name in more.columns if name not in tables["tensors"].columns]]
+        tables["tensors"] = tables["tensors"].join(more, on="tensor")
+    return tables
 
 
 def _add_correlation(

@@ -49,7 +49,7 @@ _EXPECTED: Mapping[str, str] = {
     **dict.fromkeys(("sqnr_db", "stable_rank"), FALLING),
 }  # fmt: skip
 _NO_STATISTICS = frozenset(
-    {"tensor", "role", "kind", "dtype", "shape", "format", "checkpoint", "nan_count", "inf_count", "tokens"}
+    {"tensor", "role", "kind", "dtype", "shape", "format", "checkpoint", "nan_count", "inf_count", "tokens", "channels"}
 )
 
 
@@ -59,8 +59,9 @@ def statistics_of(tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, str], d
     Returns
     -------
     dict
-        `(table, statistic)` to a value per tensor name. Of a tensor with several rows in "activations", such as one per
-        expert, the largest counts.
+        `(table, statistic)` to a value per tensor name. Statistics of activations are named "input ...". Added are the
+        norm of the quantization error and, with activations, its product with their standard deviation, which is the
+        norm of the output error if inputs have no preferred direction.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for table in ("tensors", "activations"):
@@ -69,20 +70,29 @@ def statistics_of(tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, str], d
             for name, values in _numeric(frame):
                 if name == "layer" and table != "tensors":
                     continue
-                found[table, name] = {str(k): float(v) for k, v in values.groupby(frame["tensor"]).max().items()}
+                found[table, name if table == "tensors" else f"input {name}"] = {
+                    str(k): float(v) for k, v in values.groupby(frame["tensor"]).max().items()
+                }
     errors = tables.get("weight_error")
     if errors is not None:
         for scheme, own in errors.groupby("format", sort=False):
             for name, values in _numeric(own):
                 if name != "layer":
                     found["weight_error", f"{name}[{scheme}]"] = dict(zip(own["tensor"], values, strict=True))
-            norms = found.get(("tensors", "frobenius_norm"), {})
-            relative = found.get(("weight_error", f"relative_error[{scheme}]"), {})
-            if norms and relative:
-                found["weight_error", f"error_norm[{scheme}]"] = {
-                    tensor: value * norms.get(tensor, math.nan) for tensor, value in relative.items()
-                }
+            norm = _product(
+                found.get(("weight_error", f"relative_error[{scheme}]")), found.get(("tensors", "frobenius_norm"))
+            )
+            output = _product(norm, found.get(("activations", "input std")))
+            found |= {("weight_error", f"error_norm[{scheme}]"): norm} if norm else {}
+            found |= {("weight_error", f"error_norm[{scheme}] x input std"): output} if output else {}
     return found
+
+
+def _product(first: dict[str, float] | None, second: dict[str, float] | None) -> dict[str, float]:
+    """Return the product of two statistics, for tensors that have both; nothing if one is missing."""
+    if not first or not second:
+        return {}
+    return {tensor: value * second[tensor] for tensor, value in first.items() if tensor in second}
 
 
 def correlate(damage: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -128,7 +138,7 @@ def correlate(damage: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.Da
             {
                 "statistic": name, "source": source, "n": len(x), "rho": rho, "rho_low": low, "rho_high": high,
                 "p_value": float(result.pvalue), "rho_within_role": within(x, y, roles[both]),
-                "expected": _EXPECTED.get(name.partition("[")[0], ""), "same_ranking": "",
+                "expected": _expected(source, name), "same_ranking": "",
             }
         )  # fmt: skip
         seen[(*both, *ranks)] = rows[-1]
@@ -175,6 +185,10 @@ def within(x: NDArray[np.float64], y: NDArray[np.float64], roles: NDArray[Any]) 
         sides.append(ranks)
     scale = math.sqrt(float((sides[0] ** 2).sum() * (sides[1] ** 2).sum()))
     return float((sides[0] * sides[1]).sum()) / scale if scale > 1e-9 else math.nan
+
+
+def _expected(source: str, name: str) -> str:
+    return RISING if source == "activations" else _EXPECTED.get(name.partition("[")[0], "")
 
 
 def _outcome(row: Mapping[str, Any]) -> str:
