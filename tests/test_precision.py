@@ -239,6 +239,7 @@ def test_a_check_measures_the_mixed_model_and_its_extremes(nf4: Report) -> None:
     assert low["measured"] == pytest.approx(nf4.tables["additivity"]["kl"][0], rel=1e-9), "nf4 everywhere, same tokens"
     assert low["measured"] > mixed["measured"] > high["measured"] >= 0
     assert mixed["change"] == pytest.approx(mixed["measured"] - low["measured"]) and mixed["change_sem"] > 0
+    assert "flatters" in report.provenance["notes"][-1]
     assert report.provenance["tokens"] == TOKENS and any("Measured" in f["text"] for f in report.verdict)
     moved = dataclasses.replace(nf4, provenance={**nf4.provenance, "fingerprint": "e" * 64})
     with pytest.raises(PlanError, match="expected the checkpoint that the sensitivities were measured on"):
@@ -251,6 +252,9 @@ def test_encoders_have_recipes_by_size_only(tmp_path: Path) -> None:
     report = api.sensitivity(checkpoint.folder, tokens=64, text=tmp_path / "text.txt")
     made = api.recipe(report, budget_bits=8.0, check=True, tokens=64, text=tmp_path / "text.txt")
     low, mixed, _ = (row for _, row in made.tables["recipe_summary"].iterrows())
+    (tmp_path / "other.txt").write_text(text(400, seed=6))
+    other = api.recipe(report, budget_bits=8.0, check=True, tokens=64, text=tmp_path / "other.txt")
+    assert not any("flatters" in note for note in other.provenance["notes"])
     assert 0 < mixed["measured"] < low["measured"] and "pooler.dense" in report.provenance["kept_modules"]
     with pytest.raises(PlanError, match="which has no KL"):
         api.recipe(report, budget_kl=0.1)

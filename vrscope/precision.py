@@ -247,6 +247,8 @@ def recipe(
         source = model or str(lower.facts.get("model"))
         measured, sample_facts = _checked(source, lower.facts, choice, (text, tokens, device, dtype), progress)
         summary[list(measured.columns)] = measured
+        if sample_facts["text"] == lower.facts.get("text"):
+            notes.append("Checked on the text that the recipe was chosen on, which flatters it: give another --text.")
     facts = provenance(
         time.monotonic() - started,
         model=str(lower.facts.get("model")),
