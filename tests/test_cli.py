@@ -66,7 +66,19 @@ def library(monkeypatch: pytest.MonkeyPatch) -> dict[str, mock.Mock]:
     """Put stand-ins that keep the real signatures in the place of the functions that work."""
     fakes = {}
     values = {"plan": PLAN, "rescale": PLAN, "save": [Path("out/results.json")]}
-    for name in ("analyze", "plan", "describe", "rescale", "verify", "measure", "run", "demo", "save"):
+    for name in (
+        "analyze",
+        "plan",
+        "describe",
+        "rescale",
+        "verify",
+        "measure",
+        "run",
+        "demo",
+        "save",
+        "sensitivity",
+        "recipe",
+    ):
         fakes[name] = mock.create_autospec(getattr(api, name), return_value=values.get(name, REPORT))
         monkeypatch.setattr(api, name, fakes[name])
     return fakes
@@ -121,7 +133,9 @@ def accepted(function: Callable[..., Any]) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("name", ["demo", "run", "analyze", "plan", "rescale", "verify", "measure"])
+@pytest.mark.parametrize(
+    "name", ["demo", "run", "analyze", "plan", "rescale", "verify", "measure", "sensitivity", "recipe"]
+)
 def test_every_option_is_a_parameter_of_the_library_and_names_its_default(name: str) -> None:
     known = accepted(getattr(api, name))
     if name == "plan":
@@ -164,6 +178,18 @@ def test_the_method_options_are_all_there() -> None:
         ("verify a b --logits --tokens 64", "verify", {"logits": True, "tokens": 64}),
         ("measure a b c --weights-only --dtype bfloat16", "measure", {"weights_only": True, "dtype": "bfloat16"}),
         ("demo -o d --force", "demo", {"force": True}),
+        (
+            "sensitivity m -o o --format fp4 --by role --resume",
+            "sensitivity",
+            {"format": "fp4", "by": "role", "resume": True},
+        ),
+        ("sensitivity m -o o --tokens 99 --statistics s", "sensitivity", {"tokens": 99, "statistics": Path("s")}),
+        (
+            "recipe r -o o --budget-bits 5 --for bitsandbytes,llama.cpp --high int8 --low nf4 --fuse",
+            "recipe",
+            {"budget_bits": 5.0, "targets": ("bitsandbytes", "llama.cpp"), "high": "int8", "low": "nf4", "fuse": True},
+        ),
+        ("recipe r s -o o --budget-kl 0.1 --check --model m --tokens 64", "recipe", {"check": True, "model": "m"}),
     ],
 )
 def test_options_reach_the_library(
@@ -302,7 +328,9 @@ def test_json_is_the_result_and_nothing_else(library: dict[str, mock.Mock], caps
     assert code == 0 and json.loads(out)["equivalent"] == "bit-equal"
 
 
-@pytest.mark.parametrize("line", ["measure m", "rescale m o", "plan m", "verify a b", "run m -o o", "analyze m"])
+@pytest.mark.parametrize(
+    "line", ["measure m", "rescale m o", "plan m", "verify a b", "run m -o o", "analyze m", "sensitivity m -o o"]
+)
 def test_quiet_prints_nothing(line: str, library: dict[str, mock.Mock], capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(capsys, *line.split(), "--quiet") == (0, "", "")
 

@@ -48,6 +48,17 @@ def test_progress_is_silent_if_quiet_or_soon_over_and_sparse_elsewhere(monkeypat
         assert stream.getvalue().count("vrscope: read\\nweights ") == lines
 
 
+def test_long_work_is_told_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream)
+    with console.progress_display(False) as progress:
+        for done in (0, 10, 95):
+            progress("units", done, 100, "ms")
+            now[0] += 60.0
+    assert stream.getvalue().splitlines() == ["vrscope: units 10%, 9 min left", "vrscope: units 95%"]
+
+
 def test_progress_on_a_terminal_is_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)

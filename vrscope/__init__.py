@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vrscope.api import analyze, measure, plan, rescale, run, verify
+    from vrscope.api import analyze, measure, plan, recipe, rescale, run, sensitivity, verify
     from vrscope.errors import VrscopeError
     from vrscope.rescale.plan import RescalePlan
     from vrscope.tables import Report
@@ -24,8 +24,10 @@ __all__ = [
     "analyze",
     "measure",
     "plan",
+    "recipe",
     "rescale",
     "run",
+    "sensitivity",
     "verify",
 ]
 
@@ -36,8 +38,10 @@ _HOME = {
     "analyze": "vrscope.api",
     "measure": "vrscope.api",
     "plan": "vrscope.api",
+    "recipe": "vrscope.api",
     "rescale": "vrscope.api",
     "run": "vrscope.api",
+    "sensitivity": "vrscope.api",
     "verify": "vrscope.api",
 }
 

@@ -17,6 +17,7 @@ from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import PlanError, VerificationError
 from vrscope.executors import default_executor
 from vrscope.job import demo, measure, run
+from vrscope.precision import recipe, sensitivity
 from vrscope.progress import Progress, silent
 from vrscope.provenance import provenance
 from vrscope.saving import load_report, merge_reports, require_free, save
@@ -39,10 +40,12 @@ __all__ = [
     "measure",
     "merge_reports",
     "plan",
+    "recipe",
     "require_free",
     "rescale",
     "run",
     "save",
+    "sensitivity",
     "verify",
 ]
 

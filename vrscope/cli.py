@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from vrscope import __version__, console, options
+from vrscope import __version__, console, options, recipe_options
 from vrscope.errors import VrscopeError
 from vrscope.options import Output, example, given
 
@@ -221,6 +221,62 @@ def measure(model: str, others: tuple[str, ...], output: Output, **settings: Any
         report = api.measure(model, *others, progress=progress, **given(settings))
         written = api.save(report, out, force=force) if out else []
     output.finish(report, everything, wrote=written)
+
+
+@commands.command(epilog=example(f"vrscope sensitivity {_MODEL} -o fragile --format nf4 --resume"))
+@options.model
+@click.option("-o", "--out", type=_PATH, required=True, help="Folder for the page, the results, and finished units.")
+@recipe_options.format_
+@click.option("--by", type=click.Choice(["tensor", "layer", "role"]), help="What is one unit. Default: tensor.")
+@options.text_options
+@options.dtype
+@click.option("--statistics", type=_PATH, metavar="RESULTS", help="Results of `analyze` to correlate as well.")
+@click.option("--resume", is_flag=True, help="Go on with the finished units in the folder.")
+@options.revision
+@options.families
+@options.force
+@options.everything
+@options.output("sensitivity", "correlation")
+def sensitivity(model: str, out: Path, everything: bool, output: Output, **settings: Any) -> None:
+    """Rank linear weights by the damage of quantizing each alone."""
+    from vrscope import api
+
+    with output.progress() as progress:
+        report = api.sensitivity(model, out, progress=progress, **given(settings))
+        written = api.save(report, out, force=settings["force"] or settings["resume"])
+    output.finish(report, everything, wrote=written)
+
+
+@commands.command(
+    epilog=example(
+        "vrscope recipe fragile -o recipe --budget-bits 5.0",
+        "vrscope recipe fragile -o recipe --budget-kl 0.05 --for bitsandbytes,llama.cpp --check",
+    )
+)
+@click.argument("results", nargs=-1, required=True, type=_PATH)
+@click.option("-o", "--out", type=_PATH, required=True, help="Folder for the recipes, the page and the results.")
+@recipe_options.budget_options
+@click.option("--check", is_flag=True, help="Measure the mixed model, and the one with no weight kept.")
+@click.option("--model", metavar="MODEL", help="For --check, if the model is not where it was.")
+@options.text_options
+@options.dtype
+@options.force
+@options.everything
+@options.output("recipe_summary")
+def recipe(
+    results: tuple[Path, ...], out: Path, force: bool, everything: bool, output: Output, **settings: Any
+) -> None:
+    """Choose which weights to keep in higher precision.
+
+    RESULTS are what `vrscope sensitivity` wrote: for the lower format, and if measured for the higher one too.
+    """
+    from vrscope import api
+
+    api.require_free(out, force)
+    with output.progress() as progress:
+        report = api.recipe(*results, out=out, force=force, progress=progress, **given(settings))
+        written = api.save(report, out, force=force)
+    output.finish(report, everything, wrote=[*(out / file for file in report.provenance.get("files", ())), *written])
 
 
 @commands.command(epilog=example("vrscope report vrscope-demo/results.json -o again.html"))

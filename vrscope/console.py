@@ -92,7 +92,7 @@ def progress_display(quiet: bool) -> Iterator[Progress]:
 
 def _bars() -> Bars:
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
@@ -100,6 +100,8 @@ def _bars() -> Bars:
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     return Bars(*columns, console=Console(stderr=True), transient=True)
 
@@ -123,12 +125,19 @@ class _Lines:
     """A line on standard error every `_SPARSE_SECONDS`; work that ends sooner prints none."""
 
     last: float
+    stage: str = ""
+    began: float = 0.0
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
         del unit
         now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.began = stage, now
         if now - self.last < _SPARSE_SECONDS:
             return
         self.last = now
         share = f" {done / total:.0%}" if total else ""
-        sys.stderr.write(f"vrscope: {escape(stage)}{share}\n")
+        # Less than a minute is not worth foretelling.
+        left = (now - self.began) * (total - done) / done if done else 0.0
+        rest = f", {left / 60:.0f} min left" if left >= 60 else ""
+        sys.stderr.write(f"vrscope: {escape(stage)}{share}{rest}\n")

@@ -142,6 +142,9 @@ def check_names(rule: Rule, tables: Sequence[str]) -> None:
 
 def _columns(table: str) -> list[str]:
     from vrscope.activations.tables import ACTIVATION_COLUMNS, EXPERT_COLUMNS, OUTLIER_COLUMNS, RESIDUAL_COLUMNS
+    from vrscope.fragility.correlation import CORRELATION_COLUMNS
+    from vrscope.fragility.measure import SENSITIVITY_COLUMNS
+    from vrscope.fragility.recipe import SUMMARY_COLUMNS
     from vrscope.quant.metrics import DAMAGE_COLUMNS
     from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS
     from vrscope.rescale.bounds import BOUND_COLUMNS
@@ -155,6 +158,7 @@ def _columns(table: str) -> list[str]:
         "approximate": BOUND_COLUMNS,
         "activations": ACTIVATION_COLUMNS,
         "channels": CHANNEL_COLUMNS,
+        "correlation": CORRELATION_COLUMNS,
         "damage": DAMAGE_COLUMNS,
         "depth_law": DEPTH_LAW_COLUMNS,
         "experts": EXPERT_COLUMNS,
@@ -163,6 +167,8 @@ def _columns(table: str) -> list[str]:
         "outlier_dimensions": OUTLIER_COLUMNS,
         "reach": REACH_COLUMNS,
         "residual": RESIDUAL_COLUMNS,
+        "recipe_summary": SUMMARY_COLUMNS,
+        "sensitivity": SENSITIVITY_COLUMNS,
         "spaces": SPACE_COLUMNS,
         "tensors": (*TENSOR_COLUMNS, *SPECTRAL_COLUMNS),
         "weight_error": WEIGHT_ERROR_COLUMNS,

@@ -99,26 +99,32 @@ def _identity(rows: Any, rule: Rule) -> dict[str, Any]:
     return {name: first[name] for name in dict.fromkeys((*names, rule.column))}
 
 
-class _Names(click.ParamType[Any]):
+class Names(click.ParamType[Any]):
     """Comma-separated names from one of the tables; a wrong one is a usage error that names the right ones."""
 
     name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the names, each once."""
         if not isinstance(value, str):
             return value
         from vrscope.errors import UnknownNameError
-        from vrscope.quant.formats import get_format
 
         names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
         if not names:
-            self.fail("no format is named. See `vrscope list formats`.", param, ctx)
+            self.fail("no name is given. See `vrscope list`.", param, ctx)
         for name in names:
             try:
-                get_format(name)
+                self.look_up(name)
             except UnknownNameError as error:
                 self.fail(str(error), param, ctx)
         return names
+
+    def look_up(self, name: str) -> None:
+        """Raise an error that lists the right names if this is none of them."""
+        from vrscope.quant.formats import get_format
+
+        get_format(name)
 
 
 class _RuleType(click.ParamType[Any]):
@@ -309,7 +315,10 @@ dtype = click.option(
 )
 formats = click.option(
     "--formats",
-    type=_Names(),
+    type=Names(),
     metavar="NAMES",
     help="Comma-separated; see `vrscope list formats`. Default: int8,int8-row,nf4,fp4,int4-g64.",
+)
+dtype = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
 )

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vrscope.fragility.findings import findings as fragility
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -21,6 +23,7 @@ def verdict(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -
     findings += _reach(tables)
     findings += _health(tables)
     findings += _activations(tables)
+    findings += fragility(tables, provenance)
     return tuple(findings)
 
 

@@ -6,10 +6,10 @@ Everything here is display: numbers come from the tables of a `Report` and nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vrscope.console import emit, escape, print_table, say
+from vrscope.shown import ADDITIVITY, CORRELATION, RECIPE, SENSITIVITY, Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 _FEW = 10  # rows of the short form of a long table
 _OUTCOME = frozenset(("damage", "reach"))
 _MARKS = {"good": ("+", "green"), "note": ("-", ""), "bad": ("!", "bold red")}
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A column as it is shown: its name in the table, its heading, its format, and the column of its standard error."""
-
-    name: str
-    heading: str
-    style: str = ""
-    error: str = ""
 
 
 _DAMAGE = (
@@ -364,9 +354,25 @@ def _whole(columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, bool], None
     return view
 
 
+def _first(noun: str, columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, bool], None]:
+    """Return a view that shows the first rows of a table that is sorted already."""
+
+    def view(title: str, frame: pd.DataFrame, everything: bool) -> None:
+        if not everything and len(frame) > _FEW:
+            title = f"{title}: the first {_FEW} of {len(frame)} {noun} (--all shows all)"
+            frame = frame.head(_FEW)
+        _show(title, frame, columns)
+
+    return view
+
+
 _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] = (
     ("proof", "Proof", _whole(_PROOF)),
     ("damage", "Damage of the whole model, against the original unquantized one", _damage),
+    ("recipe_summary", "The recipe beside its extremes", _whole(RECIPE)),
+    ("sensitivity", "Damage of each unit quantized alone", _first("units", SENSITIVITY)),
+    ("additivity", "Do single damages add up?", _whole(ADDITIVITY)),
+    ("correlation", "Spearman's correlation with that damage, 95 % intervals", _first("statistics", CORRELATION)),
     ("weight_error", "Error of the quantized weights", _weight_error),
     ("spaces", "Scales chosen", _spaces),
     ("approximate", "Equal up to eps: relative change of a norm's output, estimated from the weights", _approximate),

@@ -85,13 +85,23 @@ def kept_note(model: Any, entry: Format) -> str | None:
 
 
 @contextmanager
-def quantized(model: Any, entry: Format) -> Iterator[None]:
+def quantized(model: Any, entry: Format, weights: list[QuantizedWeight] | None = None) -> Iterator[None]:
     """Quantize the model's linear weights while inside, and put the original ones back afterwards.
 
     A weight-only format replaces weights by their dequantized selves, in the model's dtype. A format with activations
-    replaces the layers by bitsandbytes' own. Memory: one more copy of the linear weights.
+    replaces the layers by bitsandbytes' own. Memory: one more copy of the weights that are quantized.
+
+    Parameters
+    ----------
+    model
+        A transformers model.
+    entry
+        The format.
+    weights
+        Those of `quantized_weights(model)` to quantize; all by default.
     """
-    weights = quantized_weights(model)
+    if weights is None:
+        weights = quantized_weights(model)
     with _real_layers(model, weights) if entry.activations else _roundtripped(weights, entry):
         yield
 

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrscope.report import activations, damage, depth, limits, record, rounding, tails, tensors
+from vrscope.report import activations, damage, depth, fragility, limits, record, rounding, tails, tensors
 from vrscope.report.headline import headline
 from vrscope.tables import Report, write_text
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _BUILDERS = (
     damage.damage,
+    fragility.recipe,
+    fragility.sensitivity,
+    fragility.correlation,
     limits.limits,
     depth.depth,
     tails.tails,
