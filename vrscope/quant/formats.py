@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from vrscope.errors import UnknownNameError
-from vrscope.quant import bnb, simulated
+from vrscope.quant import bnb, roundtrip, simulated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,7 +87,10 @@ class Format:
     activations
         Whether the layer's inputs are quantized as well, so that a model must run the real layer.
     roundtrip
-        Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape.
+        Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape, with compiled loops.
+    reference
+        The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
+        what this gives.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Format:
     scope: ScaleScope
     activations: bool
     roundtrip: Callable[[Tensor], Tensor]
+    reference: Callable[[Tensor], Tensor]
 
 
 def _int4(group: int | None) -> Format:
@@ -109,7 +113,8 @@ def _int4(group: int | None) -> Format:
         "simulated",
         ScaleScope("group", group) if group else ScaleScope("row"),
         activations=False,
-        roundtrip=partial(simulated.int4_per_group, group=group),
+        roundtrip=partial(roundtrip.int4, group=group),
+        reference=partial(simulated.int4_per_group, group=group),
     )
 
 
@@ -121,7 +126,8 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("row"),
         activations=True,
-        roundtrip=bnb.int8_rows,
+        roundtrip=roundtrip.llm_int8,
+        reference=bnb.int8_rows,
     ),
     Format(
         "int8-row",
@@ -130,7 +136,8 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("row"),
         activations=False,
-        roundtrip=simulated.int8_per_row,
+        roundtrip=roundtrip.int8_rows,
+        reference=simulated.int8_per_row,
     ),
     Format(
         "int8-tensor",
@@ -139,7 +146,8 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("tensor"),
         activations=False,
-        roundtrip=simulated.int8_per_tensor,
+        roundtrip=roundtrip.int8_tensor,
+        reference=simulated.int8_per_tensor,
     ),
     Format(
         "nf4",
@@ -148,7 +156,8 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        roundtrip=partial(bnb.four_bit, kind="nf4"),
+        roundtrip=partial(roundtrip.four_bit, kind="nf4"),
+        reference=partial(bnb.four_bit, kind="nf4"),
     ),
     Format(
         "nf4-dq",
@@ -157,7 +166,8 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK, nested=True),
         activations=False,
-        roundtrip=partial(bnb.four_bit, kind="nf4", nested=True),
+        roundtrip=partial(roundtrip.four_bit, kind="nf4", nested=True),
+        reference=partial(bnb.four_bit, kind="nf4", nested=True),
     ),
     Format(
         "fp4",
@@ -166,7 +176,8 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        roundtrip=partial(bnb.four_bit, kind="fp4"),
+        roundtrip=partial(roundtrip.four_bit, kind="fp4"),
+        reference=partial(bnb.four_bit, kind="fp4"),
     ),
     _int4(32),
     _int4(64),

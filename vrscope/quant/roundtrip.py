@@ -1,0 +1,110 @@
+"""Weights through a format at the speed of the compiled loops: tensors in, dequantized tensors out.
+
+Every function gives, element for element, what its counterpart in `vrscope.quant.bnb` or `vrscope.quant.simulated`
+gives on the CPU; those stay the reference, and take over for tensors on other devices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.quant import bnb, simulated
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Singles = NDArray[np.float32]
+FourBit = Literal["nf4", "fp4"]
+
+# As bitsandbytes 0.50 stores and rounds them (QLoRA, arXiv 2305.14314, appendix E; FP4 over its largest magnitude, 12).
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_FP4_MAGNITUDES = (0.0, 0.0052083334885537624, 0.1666666716337204, 0.25, 0.3333333432674408, 0.5, 0.6666666865348816, 1)
+_FP4 = (*(-m for m in reversed(_FP4_MAGNITUDES[1:])), 0.0, -0.0, *_FP4_MAGNITUDES[1:])
+
+
+def _codebook(codes: tuple[float, ...]) -> tuple[Singles, Singles]:
+    """Return ascending codes and the bounds halfway between them, computed in float32."""
+    code = np.array(codes, np.float32)
+    return code, (code[:-1] + code[1:]) / np.float32(2)
+
+
+CODEBOOKS: dict[FourBit, tuple[Singles, Singles]] = {"nf4": _codebook(_NF4), "fp4": _codebook(_FP4)}
+NO_SCALES: Singles = np.empty(0, np.float32)
+
+
+def four_bit(weight: Tensor, kind: FourBit, nested: bool = False) -> Tensor:
+    """Return what `bnb.four_bit` returns; of the nested scales bitsandbytes itself makes the 8 bits."""
+    if weight.device.type != "cpu":
+        return bnb.four_bit(weight, kind, nested)
+    from vrscope.quant import kernels
+
+    values, out = _arrays(weight)
+    scales = nested_scales(values.reshape(-1)) if nested and values.size else NO_SCALES
+    code, bounds = CODEBOOKS[kind]
+    kernels.roundtrip_codebook_blocks(values.reshape(-1), bnb.BLOCK, code, bounds, scales, out.numpy().reshape(-1))
+    return out
+
+
+def nested_scales(values: Singles) -> Singles:
+    """Return the scales of all blocks of a weight (shape `(n,)`) after double quantization."""
+    from vrscope.quant import kernels
+
+    scales = np.empty(-(-values.size // bnb.BLOCK), np.float32)
+    kernels.block_scales(values, bnb.BLOCK, scales)
+    return bnb.requantized_scales(scales)
+
+
+def int8_rows(weight: Tensor) -> Tensor:
+    """Return what `simulated.int8_per_row` returns."""
+    if weight.device.type != "cpu":
+        return simulated.int8_per_row(weight)
+    from vrscope.quant import kernels
+
+    values, out = _arrays(weight)
+    kernels.roundtrip_int8_rows(values, out.numpy())
+    return out
+
+
+def int8_tensor(weight: Tensor) -> Tensor:
+    """Return what `simulated.int8_per_tensor` returns."""
+    if weight.device.type != "cpu":
+        return simulated.int8_per_tensor(weight)
+    from vrscope.quant import kernels
+
+    values, out = _arrays(weight)
+    flat = values.reshape(-1)
+    kernels.roundtrip_int8_scale(flat, kernels.largest(flat), out.numpy().reshape(-1))
+    return out
+
+
+def llm_int8(weight: Tensor) -> Tensor:
+    """Return what `bnb.int8_rows` returns."""
+    if weight.device.type != "cpu":
+        return bnb.int8_rows(weight)
+    return int8_rows(weight.half().float())
+
+
+def int4(weight: Tensor, group: int | None) -> Tensor:
+    """Return what `simulated.int4_per_group` returns."""
+    if weight.device.type != "cpu":
+        return simulated.int4_per_group(weight, group)
+    from vrscope.quant import kernels
+
+    values, out = _arrays(weight)
+    kernels.roundtrip_int4_groups(values, group or max(1, values.shape[1]), out.numpy())
+    return out
+
+
+def _arrays(weight: Tensor) -> tuple[Singles, Tensor]:
+    """Return a contiguous view of `weight` (a copy only if it is not), and a new tensor of its shape."""
+    import torch
+
+    held = weight.detach().contiguous()
+    return held.numpy(), torch.empty_like(held)
