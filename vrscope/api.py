@@ -54,6 +54,7 @@ def analyze(
     per: Literal["channel", "head"] | None = None,
     spectral: bool = False,
     target_std: float = 0.01,
+    formats: Sequence[str] = (),
     revision: str | None = None,
     families: Source | None = None,
     progress: Progress = silent,
@@ -70,6 +71,8 @@ def analyze(
         Adds the top singular value and the stable rank of every matrix; takes tens of passes.
     target_std
         What `tvr_ratio` compares with.
+    formats
+        Names of formats whose error on every linear weight to add, from the same pass.
     revision
         Branch, tag or commit of a hub id.
     families
@@ -80,7 +83,7 @@ def analyze(
     Returns
     -------
     Report
-        Tables "tensors", "depth_law", "histograms", and "channels" or "heads".
+        Tables "tensors", "depth_law", "histograms", and "channels" or "heads", and "weight_error" with `formats`.
 
     Raises
     ------
@@ -90,17 +93,18 @@ def analyze(
     from vrscope.stats.measure import StatOptions
 
     started = time.monotonic()
+    entries = stages.read_formats(formats)
     checkpoint = open_checkpoint(model, revision)
     roles, family = stages.read_roles(checkpoint, families)
     options = StatOptions(target_std=target_std, spectrum=spectral)
-    tables, columns = stages.fill_statistics(checkpoint, roles, options, progress)
+    tables, columns = stages.fill_statistics(checkpoint, roles, options, progress, entries)
     if per is not None:
         from vrscope.stats.parts import CHANNEL_COLUMNS, HEAD_COLUMNS, measure_parts
 
         name = "channels" if per == "channel" else "heads"
         tables[name] = measure_parts(checkpoint, roles, per, executor=default_executor(), progress=progress)
         columns[name] = CHANNEL_COLUMNS if per == "channel" else HEAD_COLUMNS
-    settings = {"per": per, "spectral": spectral, "target_std": target_std}
+    settings = {"per": per, "spectral": spectral, "target_std": target_std, "formats": list(formats) or None}
     command = command_line("analyze", [model], settings)
     facts = provenance(time.monotonic() - started, model=str(model), family=family, settings=settings, command=command)
     if checkpoint.quantization is not None:

@@ -85,11 +85,12 @@ def run(model: str, out: Path, everything: bool, output: Output, **settings: Any
 @click.option("--per", type=click.Choice(["channel", "head"]), help="Add a table of output channels or heads.")
 @click.option("--spectral", is_flag=True, help="Add the top singular value and the stable rank; takes longer.")
 @click.option("--target-std", type=options.POSITIVE, help="What `tvr_ratio` compares with. Default: 0.01.")
+@options.more_formats
 @options.revision
 @options.families
 @options.force
 @options.everything
-@options.output("tensors", "depth_law", "channels", "heads")
+@options.output("tensors", "depth_law", "channels", "heads", "weight_error")
 def analyze(model: str, out: Path | None, force: bool, everything: bool, output: Output, **settings: Any) -> None:
     """Describe the weights by layer: variance, kurtosis, outliers."""
     from vrscope import api

@@ -292,3 +292,9 @@ formats = click.option(
     metavar="NAMES",
     help="Comma-separated; see `vrscope list formats`. Default: int8,int8-row,nf4,fp4,int4-g64.",
 )
+more_formats = click.option(
+    "--formats",
+    type=_Names(),
+    metavar="NAMES",
+    help="Add the error of the weights in these formats, comma-separated; see `vrscope list formats`.",
+)

@@ -109,27 +109,60 @@ def read_sample(checkpoint: Checkpoint, text: str | Path | None, tokens: int) ->
 
 
 def fill_statistics(
-    checkpoint: Checkpoint, roles: Mapping[str, TensorRole], options: StatOptions, progress: Progress
+    checkpoint: Checkpoint,
+    roles: Mapping[str, TensorRole],
+    options: StatOptions,
+    progress: Progress,
+    formats: Sequence[Format] = (),
 ) -> Filled:
-    """Return the tables "tensors", "depth_law" and "histograms" (of the linear weights with the heaviest tails)."""
+    """Return the tables "tensors", "depth_law" and "histograms" (of the linear weights with the heaviest tails).
+
+    With `formats` also "weight_error", from the same visit to every weight.
+    """
     from vrscope.stats.depth_law import DEPTH_LAW_COLUMNS, fit_depth_law
     from vrscope.stats.measure import HISTOGRAM_COLUMNS, histograms, measure_tensors, tensor_columns
 
     executor = default_executor()
-    tensors = measure_tensors(checkpoint, roles, options=options, executor=executor, progress=progress)
+    more: Tables = {}
+    if formats:
+        from vrscope.quant.weights import WeightErrors, one_thread_each
+
+        errors = WeightErrors(checkpoint, roles, formats)
+        with one_thread_each():
+            tensors = measure_tensors(
+                checkpoint, roles, options=options, executor=executor, progress=progress, beside=errors
+            )
+        more["weight_error"] = _labelled(errors.table(), ORIGINAL)
+    else:
+        tensors = measure_tensors(checkpoint, roles, options=options, executor=executor, progress=progress)
     shown = tensors[(tensors["kind"] == "linear") & tensors["kurtosis_excess"].notna()]
     worst = list(shown.nlargest(WORST, "kurtosis_excess")["tensor"])
     tables = {
         "tensors": tensors,
         "depth_law": fit_depth_law(tensors),
         "histograms": histograms(checkpoint, worst, executor=executor, progress=progress),
+        **more,
     }
     columns = {
         "tensors": tensor_columns(options),
         "depth_law": DEPTH_LAW_COLUMNS,
         "histograms": HISTOGRAM_COLUMNS,
     }
+    if formats:
+        columns["weight_error"] = _weight_error_columns()
     return tables, columns
+
+
+def _labelled(frame: pd.DataFrame, label: str) -> pd.DataFrame:
+    """Return weight errors with the label of their checkpoint in front."""
+    frame.insert(0, "checkpoint", label)
+    return frame
+
+
+def _weight_error_columns() -> tuple[Column, ...]:
+    from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS
+
+    return (Column("checkpoint", "", "Which checkpoint."), *WEIGHT_ERROR_COLUMNS)
 
 
 def fill_plan(
@@ -170,7 +203,7 @@ def fill_damage(
 
     from vrscope.quant.metrics import DAMAGE_COLUMNS
     from vrscope.quant.model import measure_model
-    from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS, weight_error
+    from vrscope.quant.weights import weight_error
 
     tables: Tables = {}
     columns: Columns = {}
@@ -182,10 +215,9 @@ def fill_damage(
     for label, checkpoint in checkpoints.items():
         roles, _ = read_roles(checkpoint)
         frame = weight_error(checkpoint, roles, formats, executor=default_executor(), progress=progress)
-        frame.insert(0, "checkpoint", label)
-        frames.append(frame)
+        frames.append(_labelled(frame, label))
     tables["weight_error"] = pd.concat(frames, ignore_index=True)
-    columns["weight_error"] = (Column("checkpoint", "", "Which checkpoint."), *WEIGHT_ERROR_COLUMNS)
+    columns["weight_error"] = _weight_error_columns()
     return tables, columns
 
 

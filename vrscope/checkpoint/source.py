@@ -61,12 +61,12 @@ class Checkpoint:
     index: str | None
     quantization: str | None
 
-    def row_blocks(self, name: str, max_bytes: int = 1 << 20) -> Iterator[RowBlock]:
+    def row_blocks(self, name: str, max_bytes: int = 1 << 20, unit: int = 1) -> Iterator[RowBlock]:
         """Yield the tensor `name` in blocks of whole rows of about `max_bytes` bytes, first row first.
 
-        A row larger than `max_bytes` is one block; a vector is cut along its elements; a tensor without elements has
-        no blocks. Every block is a fresh tensor in the stored dtype. Iterations in several threads do not disturb
-        each other, as each opens the shard for itself.
+        Blocks are cut only at multiples of `unit` rows, so `unit` rows larger than `max_bytes` are one block. A vector
+        is cut along its elements; a tensor without elements has no blocks. Every block is a fresh tensor in the stored
+        dtype. Iterations in several threads do not disturb each other, as each opens the shard for itself.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class Checkpoint:
                     width = min(step, columns - first)
                     yield RowBlock(0, _elements(file, info, dtype, first, width).reshape(1, width), first)
                 return
-            step = max(1, max_bytes // (info.size_bytes // rows))
+            step = max(unit, max_bytes // (info.size_bytes // rows) // unit * unit)
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 yield RowBlock(first, _elements(file, info, dtype, first * columns, count * columns).view(-1, columns))

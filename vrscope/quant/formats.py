@@ -42,6 +42,11 @@ class ScaleScope:
     size: int | None = None
     nested: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether every scale depends on the whole tensor."""
+        return self.kind == "tensor" or self.nested
+
     def feels(self, row_factors: NDArray[Any], column_factors: NDArray[Any]) -> bool:
         """Return whether `w[i, j] * row_factors[i] * column_factors[j]` can be rounded differently from w.
 
@@ -53,7 +58,7 @@ class ScaleScope:
         import numpy as np
 
         rows_vary, columns_vary = np.ptp(row_factors) != 0, np.ptp(column_factors) != 0
-        if self.kind == "tensor" or self.nested:
+        if self.whole:
             return bool(rows_vary or columns_vary)
         if self.kind == "row":
             return bool(columns_vary)

@@ -1,25 +1,33 @@
-"""What quantization does to each weight by itself: signal-to-noise ratio, relative error, largest error."""
+"""What quantization does to each weight by itself: signal-to-noise ratio, relative error, largest error.
+
+`WeightErrors` adds this up over row blocks, alone (`weight_error`) or beside another pass over the same checkpoint.
+Weights are converted to float32 and oriented `(out, in)` first; each expert of a stacked tensor is quantized by itself
+and the errors are pooled. Sums are taken in float64.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vrscope.arch.roles import LINEAR, TensorRole
-from vrscope.checkpoint.source import Checkpoint, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.stream import Streaming, stream
 from vrscope.executors import Executor, default_executor
 from vrscope.progress import Progress, silent
-from vrscope.quant.formats import Format, ScaleScope
+from vrscope.quant.formats import Format
 from vrscope.tables import Column
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
     from torch import Tensor
 
-SLAB_ELEMENTS = 1 << 20  # of this size a slab and its float64 error stay in the cache of most machines
+SLAB_ELEMENTS = 1 << 17  # a slab and its dequantized self stay in the second-level cache of most machines
+BLOCK_BYTES = 4 << 20
 
 WEIGHT_ERROR_COLUMNS: tuple[Column, ...] = (
     Column("tensor", "", "Name of the tensor in the checkpoint."),
@@ -42,9 +50,9 @@ def weight_error(
 ) -> pd.DataFrame:
     """Return the table "weight_error": one row per linear weight and format, columns `WEIGHT_ERROR_COLUMNS`.
 
-    Weights are converted to float32 and oriented `(out, in)` first; each expert of a stacked tensor is quantized by
-    itself and the errors are pooled. Sums are accumulated in float64. For every thread of `executor` at most one tensor
-    and a few float32 copies of one of its matrices are held in memory. While it runs, torch uses one thread per tensor.
+    Memory holds a few row blocks per thread of `executor`; whole tensors if a format's scales depend on all of a weight
+    or the weight is stored transposed. The result is the same for any number of threads. While it runs, torch uses one
+    thread per block.
 
     Parameters
     ----------
@@ -60,45 +68,80 @@ def weight_error(
     CheckpointError
         If the checkpoint cannot be read any more.
     """
-    import pandas as pd
-
-    chosen = [info for info in checkpoint.tensors.values() if _is_linear(info, roles)]
-    total = sum(info.size_bytes for info in chosen)
-    rows: list[dict[str, object]] = []
-    done = 0
-
-    def measure(info: TensorInfo) -> list[dict[str, object]]:
-        return _rows(checkpoint, roles[info.name], formats)
-
-    with _one_thread_each():
-        for info, part in zip(chosen, (executor or default_executor()).map(measure, chosen), strict=True):
-            rows.extend(part)
-            done += info.size_bytes
-            progress("weight error", done, total, "bytes")
-    frame = pd.DataFrame(rows, columns=[column.name for column in WEIGHT_ERROR_COLUMNS])
-    return frame.astype({"layer": "Int64"})
+    errors = WeightErrors(checkpoint, roles, formats)
+    how = Streaming(executor or default_executor(), progress, "weight error", BLOCK_BYTES, errors.unit)
+    with one_thread_each():
+        for name, parts in stream(checkpoint, errors.names, errors.visit, how):
+            for part in parts:
+                errors.collect(checkpoint.tensors[name], part)
+    return errors.table()
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Running sums over the elements of a tensor."""
+class WeightErrors:
+    """Adds up the errors of some formats over the row blocks of a checkpoint's linear weights.
 
-    signal: float = 0.0
-    error: float = 0.0
-    largest: float = 0.0
+    A `Companion`: what `visit` returns for each block is merged by `collect` in the stored order.
+    """
 
-    def add(self, weight: Tensor, dequantized: Tensor) -> None:
-        difference = (dequantized - weight).double()
-        self.signal += float(weight.double().square_().sum())
-        self.largest = _larger(self.largest, float(difference.abs().max()))
-        self.error += float(difference.square_().sum())
+    def __init__(self, checkpoint: Checkpoint, roles: Mapping[str, TensorRole], formats: Sequence[Format]) -> None:
+        self.names = [info.name for info in checkpoint.tensors.values() if _is_linear(info, roles)]
+        self._roles = {name: roles[name] for name in self.names}
+        self._formats = tuple(formats)
+        self._sums: dict[str, NDArray[np.float64]] = {}
 
-    def figures(self) -> dict[str, float]:
-        if self.error == 0:
-            return {"sqnr_db": math.inf, "relative_error": 0.0, "max_error": self.largest}
-        ratio = self.error / self.signal if self.signal else math.inf
-        sqnr = -10 * math.log10(ratio) if ratio else math.inf
-        return {"sqnr_db": sqnr, "relative_error": math.sqrt(ratio), "max_error": self.largest}
+    def unit(self, info: TensorInfo) -> int:
+        """Return how many stored rows must stay together: those that share a scale, or are parts of one matrix."""
+        role = self._roles.get(info.name)
+        if role is None or not self._formats or not {"out", "in"} & set(role.dims[:1]):
+            return 1  # not measured, or each row of a stack holds whole matrices
+        if role.dims != ("out", "in") or any(entry.scope.whole for entry in self._formats):
+            return info.rows
+        return _unit(info.columns, self._formats)
+
+    def visit(self, info: TensorInfo, block: RowBlock) -> NDArray[np.float64] | None:
+        """Return the sums over one block, shape `(formats, 3)`; None for tensors that are not measured."""
+        if info.name not in self._roles:
+            return None
+        sums = _no_sums(len(self._formats))
+        stored = block.values.reshape(-1, *info.shape[1:])
+        for matrix in matrices(stored, self._roles[info.name].dims):
+            _add(matrix, self._formats, sums)
+        return sums
+
+    def collect(self, info: TensorInfo, part: NDArray[np.float64] | None) -> None:
+        """Merge the sums of the next block of a tensor."""
+        if part is not None:
+            held = self._sums.setdefault(info.name, _no_sums(len(self._formats)))
+            held[:, :2] += part[:, :2]
+            for mine, theirs in zip(held, part, strict=True):
+                mine[2] = _larger(mine[2], theirs[2])
+
+    def table(self) -> pd.DataFrame:
+        """Return the table "weight_error" of all that was collected."""
+        import pandas as pd
+
+        rows = [
+            {"tensor": name, "role": role.role, "layer": role.layer, "format": entry.name, **_figures(*sums)}
+            for name, role in self._roles.items()
+            for entry, sums in zip(self._formats, self._sums[name].tolist(), strict=True)
+        ]
+        frame = pd.DataFrame(rows, columns=[column.name for column in WEIGHT_ERROR_COLUMNS])
+        return frame.astype({"layer": "Int64"})
+
+
+def _no_sums(formats: int) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.zeros((formats, 3))
+
+
+def _figures(signal: float, error: float, largest: float) -> dict[str, float]:
+    """Return the columns that sums of squares of weights and errors, and the largest error, make."""
+    if error == 0:
+        return {"sqnr_db": math.inf, "relative_error": 0.0, "max_error": largest}
+    ratio = error / signal if signal else math.inf
+    sqnr = -10 * math.log10(ratio) if ratio else math.inf
+    return {"sqnr_db": sqnr, "relative_error": math.sqrt(ratio), "max_error": largest}
 
 
 def _larger(first: float, second: float) -> float:
@@ -109,21 +152,6 @@ def _larger(first: float, second: float) -> float:
 def _is_linear(info: TensorInfo, roles: Mapping[str, TensorRole]) -> bool:
     role = roles.get(info.name)
     return role is not None and role.kind == LINEAR and info.is_float and info.numel > 0 and len(info.shape) >= 2
-
-
-def _rows(checkpoint: Checkpoint, role: TensorRole, formats: Sequence[Format]) -> list[dict[str, object]]:
-    """Return the rows of one tensor, one per format."""
-    stored = checkpoint.read(role.tensor)
-    sums = [_Sums() for _ in formats]
-    for matrix in matrices(stored, role.dims):
-        for entry, running in zip(formats, sums, strict=True):
-            for slab in _slabs(matrix, entry.scope):
-                weight = slab.float().contiguous()
-                running.add(weight, entry.roundtrip(weight))
-    return [
-        {"tensor": role.tensor, "role": role.role, "layer": role.layer, "format": entry.name, **running.figures()}
-        for entry, running in zip(formats, sums, strict=True)
-    ]
 
 
 def matrices(stored: Tensor, dims: Sequence[str]) -> Iterator[Tensor]:
@@ -144,20 +172,36 @@ def matrices(stored: Tensor, dims: Sequence[str]) -> Iterator[Tensor]:
         yield ordered[index]
 
 
-def _slabs(matrix: Tensor, scope: ScaleScope) -> Iterator[Tensor]:
-    """Cut a matrix into runs of rows that no scale crosses; the whole matrix if every scale depends on all of it."""
+def _add(matrix: Tensor, formats: Sequence[Format], sums: NDArray[np.float64]) -> None:
+    """Add the errors of a matrix `(out, in)` to `sums`: slab by slab, or at once where scales depend on all of it."""
     rows, columns = matrix.shape
-    if scope.kind == "tensor" or scope.nested:
-        yield matrix
-        return
-    unit = (scope.size or 1) // math.gcd(scope.size or 1, columns) if scope.kind == "block" else 1
+    sliced = [number for number, entry in enumerate(formats) if not entry.scope.whole]
+    unit = _unit(columns, formats)
     step = max(unit, SLAB_ELEMENTS // columns // unit * unit)
-    for first in range(0, rows, step):
-        yield matrix[first : first + step]
+    for first in range(0, rows if sliced else 0, step):
+        _add_slab(matrix[first : first + step], formats, sliced, sums)
+    whole = [number for number, entry in enumerate(formats) if entry.scope.whole]
+    if whole:
+        _add_slab(matrix, formats, whole, sums)
+
+
+def _add_slab(slab: Tensor, formats: Sequence[Format], which: Sequence[int], sums: NDArray[np.float64]) -> None:
+    from vrscope.quant import kernels
+
+    weight = slab.float().contiguous()
+    values = weight.view(-1).numpy()
+    for number in which:
+        kernels.add_errors(values, formats[number].roundtrip(weight).view(-1).numpy(), sums[number])
+
+
+def _unit(columns: int, formats: Sequence[Format]) -> int:
+    """Return how many rows of a matrix end where a block of every format ends."""
+    sizes = [entry.scope.size or 1 for entry in formats if entry.scope.kind == "block"]
+    return math.lcm(*(size // math.gcd(size, columns) for size in sizes))
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Keep torch from starting threads of its own inside the executor's; both at once are slower than either."""
     import torch
 

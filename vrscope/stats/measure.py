@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vrscope.arch.roles import OTHER, TensorRole
 from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.stream import SERIAL, Companion, Streaming, stream
 from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
 from vrscope.stats.matrix import MatrixView, matrix_view
 from vrscope.stats.spectrum import top_singular_value
 from vrscope.stats.statistics import SPECTRAL_STATISTICS, STATISTICS, Statistic
-from vrscope.stats.stream import SERIAL, Streaming, stream
 from vrscope.stats.summary import Accumulator, BlockPart, Summary, summarize_block
 from vrscope.tables import Column
 
@@ -86,11 +86,12 @@ def measure_tensors(
     options: StatOptions = DEFAULTS,
     executor: Executor = SERIAL,
     progress: Progress = silent,
+    beside: Companion | None = None,
 ) -> pd.DataFrame:
     """Return the statistics of every tensor, one row each, in the stored order.
 
     Integer tensors are listed with empty statistics. The result is the same to the last bit for any executor and any
-    block size.
+    block size. `beside` shares the visit to every block of every float tensor.
 
     Raises
     ------
@@ -100,10 +101,11 @@ def measure_tensors(
     import pandas as pd
 
     how = Streaming(executor, progress, "statistics", options.block_bytes)
+    how = how if beside is None else replace(how, unit=beside.unit)
     names = [name for name, info in checkpoint.tensors.items() if info.is_float]
     tops = _top_singular_values(checkpoint, roles, names, how) if options.spectrum else {}
     statistics = STATISTICS + (SPECTRAL_STATISTICS if options.spectrum else ())
-    summaries = summarize(checkpoint, roles, names, how, options.target_std)
+    summaries = summarize(checkpoint, roles, names, how, options.target_std, beside)
     values = {
         name: _values(replace(summary, top_singular_value=tops.get(name, math.nan)), statistics)
         for name, summary in summaries
@@ -171,8 +173,9 @@ def summarize(
     names: Iterable[str],
     how: Streaming,
     target_std: float = DEFAULTS.target_std,
+    beside: Companion | None = None,
 ) -> Iterator[tuple[str, Summary]]:
-    """Yield name and summary of float tensors, each read once.
+    """Yield name and summary of float tensors, each read once, also for `beside`.
 
     Raises
     ------
@@ -183,14 +186,16 @@ def summarize(
     def view_of(info: TensorInfo) -> MatrixView | None:
         return matrix_view(info, role_of(roles, info))
 
-    def part_of(info: TensorInfo, block: RowBlock) -> BlockPart:
-        return summarize_block(info, view_of(info), block)
+    def part_of(info: TensorInfo, block: RowBlock) -> tuple[BlockPart, Any]:
+        return summarize_block(info, view_of(info), block), beside.visit(info, block) if beside else None
 
     for name, parts in stream(checkpoint, names, part_of, how):
         info = checkpoint.tensors[name]
         accumulator = Accumulator(info, view_of(info))
-        for part in parts:
+        for part, more in parts:
             accumulator.add(part)
+            if beside is not None:
+                beside.collect(info, more)
         recount = _Recount(checkpoint, name, how.block_bytes)
         yield name, accumulator.summary(recount, target_std)
 

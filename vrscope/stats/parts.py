@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.roles import HeadSplit, TensorRole
 from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.stream import SERIAL, Streaming, stream
 from vrscope.errors import UnknownNameError
 from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
@@ -22,7 +23,6 @@ from vrscope.stats.encoding import encoding
 from vrscope.stats.matrix import MatrixView, matrix_view
 from vrscope.stats.measure import IDENTITY_COLUMNS, role_of
 from vrscope.stats.moments import moments_of
-from vrscope.stats.stream import SERIAL, Streaming, stream
 from vrscope.tables import Column
 
 if TYPE_CHECKING:

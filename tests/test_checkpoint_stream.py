@@ -11,9 +11,9 @@ import torch
 from stats_oracle import checkpoint_of, weights
 
 from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.checkpoint.stream import Streaming, stream
 from vrscope.errors import CheckpointError
 from vrscope.executors import Executor, Serial, Threads
-from vrscope.stats.stream import Streaming, stream
 
 
 @pytest.mark.parametrize("executor", [Serial(), Threads(3)], ids=str)

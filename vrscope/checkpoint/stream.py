@@ -1,14 +1,15 @@
 """Runs a function over the row blocks of many tensors, on any executor, with results in the stored order.
 
 The calling thread reads, the executor's threads compute, and at most a few blocks are in memory at a time. As results
-are merged in the stored order, they do not depend on the number of threads.
+are merged in the stored order, they do not depend on the number of threads. A `Companion` is other work that shares the
+same visit to every block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
 from vrscope.executors import Executor, Serial
@@ -17,6 +18,27 @@ from vrscope.progress import Progress, silent
 Part = TypeVar("Part")
 
 SERIAL: Executor = Serial()
+
+
+def _any_row(info: TensorInfo) -> int:
+    del info
+    return 1
+
+
+class Companion(Protocol):
+    """Work that another pass takes along, so that blocks are read once for both."""
+
+    def unit(self, info: TensorInfo) -> int:
+        """Return how many rows of a tensor must not be torn apart: blocks are cut at multiples of it."""
+        ...
+
+    def visit(self, info: TensorInfo, block: RowBlock) -> Any:
+        """Return what one block contributes; called on any thread."""
+        ...
+
+    def collect(self, info: TensorInfo, part: Any) -> None:
+        """Merge what `visit` returned; called in the stored order of the blocks, on the calling thread."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +55,15 @@ class Streaming:
         What to call the work, in words.
     block_bytes
         Aimed size of a block; results do not depend on it.
+    unit
+        Returns how many rows of a tensor must stay together.
     """
 
     executor: Executor = SERIAL
     progress: Progress = silent
     stage: str = "statistics"
     block_bytes: int = 4 << 20
+    unit: Callable[[TensorInfo], int] = _any_row
 
 
 def stream(
@@ -87,5 +112,9 @@ def _results(
         name, block = item
         return name, block.values.nbytes, function(checkpoint.tensors[name], block)
 
-    blocks = ((name, block) for name in names for block in checkpoint.row_blocks(name, how.block_bytes))
+    blocks = (
+        (name, block)
+        for name in names
+        for block in checkpoint.row_blocks(name, how.block_bytes, how.unit(checkpoint.tensors[name]))
+    )
     return iter(how.executor.map(work, blocks))
