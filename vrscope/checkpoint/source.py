@@ -23,7 +23,19 @@ from vrscope.errors import CheckpointError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLOAT_DTYPES", "Checkpoint", "RowBlock", "TensorInfo", "open_checkpoint"]
+__all__ = ["FLOAT_DTYPES", "BlockPlace", "Checkpoint", "RowBlock", "TensorInfo", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlace:
+    """Where one row block of a tensor lies: its first row and column, and how many of each."""
+
+    name: str
+    first_row: int
+    rows: int
+    first_column: int
+    columns: int
+
 
 _SPOTS, _SPOT_BYTES = 16, 64  # the sample of each tensor that enters the fingerprint
 
@@ -66,29 +78,41 @@ class Checkpoint:
 
         Blocks are cut only at multiples of `unit` rows, so `unit` rows larger than `max_bytes` are one block. A vector
         is cut along its elements; a tensor without elements has no blocks. Every block is a fresh tensor in the stored
-        dtype. Iterations in several threads do not disturb each other, as each opens the shard for itself.
+        dtype.
 
         Raises
         ------
         CheckpointError
             If the file cannot be read any more, or the dtype is one that torch cannot hold.
         """
+        for place in self.block_places(name, max_bytes, unit):
+            yield self.read_block(place)
+
+    def block_places(self, name: str, max_bytes: int = 1 << 20, unit: int = 1) -> list[BlockPlace]:
+        """Return where the blocks of `row_blocks` lie; nothing is read."""
         info = self._info(name)
-        dtype = torch_dtype(info)
         if info.numel == 0:
-            return
+            return []
         rows, columns = info.rows, info.columns
+        if len(info.shape) <= 1:
+            step = max(1, max_bytes // max(1, info.size_bytes // info.numel))
+            return [BlockPlace(name, 0, 1, first, min(step, columns - first)) for first in range(0, columns, step)]
+        step = max(unit, max_bytes // (info.size_bytes // rows) // unit * unit)
+        return [BlockPlace(name, first, min(step, rows - first), 0, columns) for first in range(0, rows, step)]
+
+    def read_block(self, place: BlockPlace) -> RowBlock:
+        """Return the block at a place that `block_places` gave; may be called on any thread.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read any more, or the dtype is one that torch cannot hold.
+        """
+        info = self._info(place.name)
+        first = place.first_row * info.columns + place.first_column
         with self._open(info) as file:
-            if len(info.shape) <= 1:
-                step = max(1, max_bytes // max(1, info.size_bytes // info.numel))
-                for first in range(0, columns, step):
-                    width = min(step, columns - first)
-                    yield RowBlock(0, _elements(file, info, dtype, first, width).reshape(1, width), first)
-                return
-            step = max(unit, max_bytes // (info.size_bytes // rows) // unit * unit)
-            for first in range(0, rows, step):
-                count = min(step, rows - first)
-                yield RowBlock(first, _elements(file, info, dtype, first * columns, count * columns).view(-1, columns))
+            values = _elements(file, info, torch_dtype(info), first, place.rows * place.columns)
+        return RowBlock(place.first_row, values.view(place.rows, place.columns), place.first_column)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor `name` in its stored dtype and shape.

@@ -1,7 +1,7 @@
 """Runs a function over the row blocks of many tensors, on any executor, with results in the stored order.
 
-The calling thread reads, the executor's threads compute, and at most a few blocks are in memory at a time. As results
-are merged in the stored order, they do not depend on the number of threads. A `Companion` is other work that shares the
+The executor's threads read and compute, and at most a few blocks are in memory at a time. As results are merged in the
+stored order, they do not depend on the number of threads. A `Companion` is other work that shares the
 same visit to every block.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, RowBlock, TensorInfo
 from vrscope.executors import Executor, Serial
 from vrscope.progress import Progress, silent
 
@@ -108,13 +108,13 @@ def _results(
 ) -> Iterator[tuple[str, int, Part]]:
     """Yield the name, size in bytes and result of every block."""
 
-    def work(item: tuple[str, RowBlock]) -> tuple[str, int, Part]:
-        name, block = item
-        return name, block.values.nbytes, function(checkpoint.tensors[name], block)
+    def work(place: BlockPlace) -> tuple[str, int, Part]:
+        block = checkpoint.read_block(place)
+        return place.name, block.values.nbytes, function(checkpoint.tensors[place.name], block)
 
-    blocks = (
-        (name, block)
+    places = (
+        place
         for name in names
-        for block in checkpoint.row_blocks(name, how.block_bytes, how.unit(checkpoint.tensors[name]))
+        for place in checkpoint.block_places(name, how.block_bytes, how.unit(checkpoint.tensors[name]))
     )
-    return iter(how.executor.map(work, blocks))
+    return iter(how.executor.map(work, places))

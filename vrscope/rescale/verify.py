@@ -1,24 +1,40 @@
 """The proof that one checkpoint is another one rescaled, from the weights alone.
 
-For powers of two it is independent of how the copy was written: every element of B must equal the element of A with
-the recorded exponent added (`ldexp` in float64, which is exact for every stored type), compared by value and sign.
+For powers of two it is independent of how the copy was written: every element of B must equal the element of A times
+the recorded power of two, compared exactly by sign, mantissa and exponent (`proof_kernels`).
 Free scales and raw TVR are computed again by the code that wrote them. Names, shapes, dtypes and the configuration must
 be the same, and the exponents must belong to spaces that were derived again from A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, RowBlock, TensorInfo
 from vrscope.errors import VerificationError
+from vrscope.executors import default_executor
 from vrscope.progress import Progress
 from vrscope.rescale.plan import RescalePlan
 from vrscope.rescale.scaling import TensorScale, scale_block, tensor_scales
+
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK_BYTES = 4 << 20
+# Bits of a value, bits of its mantissa, pattern of the largest finite magnitude.
+_LAYOUTS = {
+    "F64": (64, 52, 0x7FEF_FFFF_FFFF_FFFF),
+    "F32": (32, 23, 0x7F7F_FFFF),
+    "F16": (16, 10, 0x7BFF),
+    "BF16": (16, 7, 0x7F7F),
+    "F8_E4M3": (8, 3, 0x7E),
+    "F8_E5M2": (8, 2, 0x7B),
+}
 
 
 def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, progress: Progress) -> int:
@@ -38,12 +54,16 @@ def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, pro
     scales = tensor_scales(binding, plan)
     total = sum(info.size_bytes for info in a.tensors.values())
     done = compared = 0
-    for name, info in a.tensors.items():
-        scale = scales.get(name, TensorScale())
-        for ours, theirs in zip(a.row_blocks(name), b.row_blocks(name), strict=True):
-            _compare(info, ours, theirs, scale)
-            compared += ours.values.numel()
-        done += info.size_bytes
+
+    def work(place: BlockPlace) -> tuple[int, int]:
+        ours, theirs = a.read_block(place), b.read_block(place)
+        _compare(a.tensors[place.name], ours, theirs, scales.get(place.name, TensorScale()))
+        return ours.values.numel(), ours.values.nbytes
+
+    places = (place for name in a.tensors for place in a.block_places(name, _BLOCK_BYTES))
+    for count, size in default_executor().map(work, places):
+        compared += count
+        done += size
         progress("proving", done, total, "bytes")
     return compared
 
@@ -80,26 +100,49 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(info: TensorInfo, ours: RowBlock, theirs: RowBlock, scale: TensorScale) -> None:
+    same = not info.is_float or (not scale.exponents and not scale.factors and scale.affine is None)
+    if same or not scale.exponents:
+        expected = ours.values if same else scale_block(info, ours, scale)
+        if not np.array_equal(_bytes(expected), _bytes(theirs.values)):
+            what = (
+                "must be the same bytes, since no scale touches it"
+                if same
+                else "is not the recorded formula rounded once"
+            )
+            _fail(info, ours, theirs, what)
+        return
+    from vrscope.rescale.proof_kernels import first_unequal
+
+    layout = _LAYOUTS[info.dtype]
+    before, after = (_bytes(block.values).view(f"uint{layout[0]}") for block in (ours, theirs))
+    rows, columns = _exponents(scale.window(info, ours), before.shape, np.int64 if layout[0] == 64 else np.int32)
+    if first_unequal(before, after, rows, columns, layout) >= 0:
+        import torch
+
+        exact = np.ldexp(ours.values.to(torch.float64).numpy(), rows[:, None] + columns)
+        _fail(info, ours, theirs, "is not the original times the recorded powers of two", exact)
+
+
+def _bytes(values: torch.Tensor) -> NDArray[np.uint8]:
+    """Return the stored bytes of a block, shape `(rows, bytes per row)`."""
     import torch
 
-    if not info.is_float or (not scale.exponents and not scale.factors and scale.affine is None):
-        raw = (torch.uint8,)
-        if not torch.equal(ours.values.contiguous().view(*raw), theirs.values.contiguous().view(*raw)):
-            _fail(info, ours, theirs, "must be the same bytes, since no scale touches it")
-        return
-    if not scale.exponents:
-        expected = scale_block(info, ours, scale)
-        if not torch.equal(expected.contiguous().view(torch.uint8), theirs.values.contiguous().view(torch.uint8)):
-            _fail(info, ours, theirs, "is not the recorded formula rounded once")
-        return
-    exponent: Any = 0
-    for window in scale.window(info, ours):
-        exponent = exponent + window
-    before = ours.values.to(torch.float64).numpy()
-    after = theirs.values.to(torch.float64).numpy()
-    exact = np.ldexp(before, np.broadcast_to(exponent, before.shape).astype(np.int32))
-    if not np.array_equal(exact.view(np.int64), after.view(np.int64)):
-        _fail(info, ours, theirs, "is not the original times the recorded powers of two", exact)
+    stored: NDArray[np.uint8] = values.contiguous().view(torch.uint8).numpy()
+    return stored
+
+
+def _exponents(
+    windows: Sequence[NDArray[Any]], shape: tuple[int, ...], kind: type[np.signedinteger]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the exponents of a block by row, shape `(n,)`, and by column, `(1, m)` or, if need be, `(n, m)`."""
+    rows = np.zeros((shape[0], 1), kind)
+    columns = np.zeros((1, shape[1]), kind)
+    for window in windows:
+        if window.shape[1] == 1:
+            rows = rows + window.astype(kind)
+        else:
+            columns = columns + window.astype(kind)
+    return np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(columns)
 
 
 def _fail(info: TensorInfo, ours: RowBlock, theirs: RowBlock, what: str, exact: Any = None) -> None:
