@@ -1,4 +1,4 @@
-"""The proof's comparison against exact rational arithmetic, for every stored type and every pattern of the small ones."""
+"""The proof's comparison against exact rational arithmetic, for every stored type and patterns of every kind."""
 
 from __future__ import annotations
 

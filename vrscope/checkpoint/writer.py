@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -19,9 +19,10 @@ from typing import IO, TYPE_CHECKING
 from vrscope.checkpoint.companions import companion_files
 from vrscope.checkpoint.header import read_header
 from vrscope.checkpoint.layout import printable
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo, open_checkpoint
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, RowBlock, TensorInfo, open_checkpoint
 from vrscope.checkpoint.staging import check_replaceable, output_errors, staged, sync_folders
 from vrscope.errors import CheckpointError, OutputError, VerificationError
+from vrscope.executors import default_executor
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Transform = Callable[[TensorInfo, RowBlock], "torch.Tensor"]
 
 _COPY_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20
 _SLACK_BYTES = 4 << 20  # for folders and rounding to file system blocks
 
 
@@ -56,8 +58,8 @@ def rewrite(
     out
         Folder to write; missing parents are made.
     transform
-        Called for each block of each float tensor; returns its new values in the same dtype and shape. Other tensors
-        are copied byte for byte.
+        Called for each block of each float tensor, on any thread; returns its new values in the same dtype and shape.
+        Other tensors are copied byte for byte.
     extra
         File name to text, written beside the weights; goes before a copied file of that name.
     force
@@ -111,13 +113,32 @@ class _Writer:
             raise CheckpointError(message)
         with _open_source(path) as original, self._new(shard) as file:
             self._stretch(file, original, header.data_start)
-            for info in tensors:
-                if not info.is_float:
-                    self._stretch(file, original, info.size_bytes, info.start)
-                    continue
-                for block in self.source.row_blocks(info.name):
-                    self._put(file, _checked_bytes(info, block, transform(info, block)))
+            for data in default_executor().map(self._transformer(original, transform), self._pieces(tensors)):
+                self._put(file, data)
             self._finish(file, path)
+
+    def _pieces(self, tensors: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, BlockPlace | range]]:
+        """Yield what to write in order: blocks of float tensors, and stretches of bytes of the others."""
+        for info in tensors:
+            if info.is_float:
+                yield from ((info, place) for place in self.source.block_places(info.name, _BLOCK_BYTES))
+            else:
+                for first in range(info.start, info.end, _COPY_BYTES):
+                    yield info, range(first, min(first + _COPY_BYTES, info.end))
+
+    def _transformer(
+        self, original: IO[bytes], transform: Transform
+    ) -> Callable[[tuple[TensorInfo, BlockPlace | range]], bytes | memoryview]:
+        """Return the function that makes the bytes to write of each piece; it runs on any thread."""
+
+        def bytes_of(piece: tuple[TensorInfo, BlockPlace | range]) -> bytes | memoryview:
+            info, place = piece
+            if isinstance(place, range):
+                return _read_at(original, place)
+            block = self.source.read_block(place)
+            return _checked_bytes(info, block, transform(info, block))
+
+        return bytes_of
 
     def copy(self, name: str) -> None:
         """Copy one file by content, also where it is a link."""
@@ -207,6 +228,16 @@ def _source_errors(path: Path) -> Iterator[None]:
 def _open_source(path: Path) -> IO[bytes]:
     with _source_errors(path):
         return path.open("rb")
+
+
+def _read_at(file: IO[bytes], place: range) -> bytes:
+    """Return the bytes at `place` without moving the file's position."""
+    with _source_errors(Path(file.name)):
+        data = os.pread(file.fileno(), len(place), place.start)
+    if len(data) < len(place):
+        message = f"{printable(file.name)}: was changed while it was read. Start again when nothing writes to it."
+        raise CheckpointError(message)
+    return data
 
 
 def _stretches(file: IO[bytes], start: int, count: int) -> Iterator[bytes]:

@@ -25,7 +25,7 @@ def _compiled(function: Any) -> Any:
 @_compiled
 def _odd(magnitude: Any, mantissa_bits: int) -> tuple[Any, Any]:
     """Return the odd whole number m and the exponent q of a magnitude m * 2**q, up to a constant in q; 0 for zero."""
-    field = np.int64(magnitude >> np.uint64(mantissa_bits))
+    field: Any = np.int64(magnitude >> np.uint64(mantissa_bits))
     number = magnitude & ((np.uint64(1) << np.uint64(mantissa_bits)) - np.uint64(1))
     if field > 0:
         number |= np.uint64(1) << np.uint64(mantissa_bits)

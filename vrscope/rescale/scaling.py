@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     import torch
 
 
+# Pattern of the largest finite magnitude.
+_LARGEST_FINITE = {
+    "F64": 0x7FEF_FFFF_FFFF_FFFF,
+    "F32": 0x7F7F_FFFF,
+    "F16": 0x7BFF,
+    "BF16": 0x7F7F,
+    "F8_E4M3": 0x7E,
+    "F8_E5M2": 0x7B,
+}
 # Bits of a value and of its mantissa. F8_E4M3 has finite values in its top exponent field; those are multiplied.
 _BITS = {"F64": (64, 52), "F32": (32, 23), "F16": (16, 10), "BF16": (16, 7), "F8_E4M3": (8, 3), "F8_E5M2": (8, 2)}
 
@@ -144,15 +153,16 @@ def _shift(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tenso
 
     from vrscope.rescale.kernels import shift_exponents
 
-    rows, columns = (np.zeros(size, np.int64) for size in block.values.shape)
+    width, mantissa = _BITS[info.dtype]
+    lane: Any = np.int64 if width == 64 else np.int32  # the narrower, the more elements the loop takes at a time
+    rows, columns = (np.zeros(size, lane) for size in block.values.shape)
     for window in scale.window(info, block):
         if window.shape[1] == 1:
-            rows += window[:, 0]
+            rows += window[:, 0].astype(lane)
         elif window.shape[0] == 1:
-            columns += window[0]
+            columns += window[0].astype(lane)
         else:
             return None
-    width, mantissa = _BITS[info.dtype]
     signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
     values = block.values.contiguous().clone()
     bits = values.view(signed).numpy().view(f"uint{width}")
@@ -200,12 +210,13 @@ def require_finite(info: TensorInfo, block: RowBlock) -> None:
     """
     import torch
 
+    from vrscope.rescale.kernels import largest_pattern
+
     if not info.is_float:
         return
-    values = block.values
-    wide = values if values.dtype in {torch.float32, torch.float64, torch.bfloat16, torch.float16} else values.float()
-    # x - x is 0 for finite x and NaN otherwise; the sum tells in one pass
-    if not bool(torch.isfinite(wide).all()):
+    width = _BITS[info.dtype][0]
+    bits = block.values.contiguous().view(torch.uint8).numpy().reshape(-1).view(f"uint{width}")
+    if largest_pattern(bits) > _LARGEST_FINITE[info.dtype]:
         message = (
             f"{info.name} ({info.shard}): has NaN or infinite weights, so it is not rescaled. "
             "`vrscope analyze` counts them per tensor."
