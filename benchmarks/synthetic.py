@@ -1,11 +1,15 @@
 """Synthetic checkpoints of any size: a bfloat16 Llama, and a mixture of experts with very many small tensors.
 
+    python benchmarks/synthetic.py llama FOLDER BYTES
+    python benchmarks/synthetic.py moe FOLDER TENSORS
+
 The weights are stretches of one pool of normal numbers, scaled per tensor, so that writing is as fast as the disk.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +65,7 @@ def make_llama(folder: Path, size_bytes: float) -> Path:
     return _write(folder, _LLAMA | {"num_hidden_layers": layers}, shapes)
 
 
-def make_moe(folder: Path, tensors: int) -> Path:
+def make_moe(folder: Path, tensors: float) -> Path:
     """Write a mixture of experts of about `tensors` tensors of 16 KB and return its folder."""
     layers = max(1, round(tensors / (3 * _MOE["num_experts"])))
     hidden, inner, experts = _MOE["hidden_size"], _MOE["moe_intermediate_size"], _MOE["num_experts"]
@@ -160,3 +164,7 @@ def _write_shard(path: Path, shapes: Shapes, pool: torch.Tensor) -> None:
                 values = 1 + 0.1 * part if len(shape) == 1 else part * (0.02 + 0.001 * (number % 7))
                 file.write(values.bfloat16().view(torch.uint8).numpy().data)
                 left, first = left - len(part), 0
+
+
+if __name__ == "__main__":
+    {"llama": make_llama, "moe": make_moe}[sys.argv[1]](Path(sys.argv[2]), float(sys.argv[3]))
