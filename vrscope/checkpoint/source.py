@@ -15,7 +15,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 from vrscope.checkpoint.header import read_header
 from vrscope.checkpoint.hub import fetch, is_hub_id
-from vrscope.checkpoint.layout import FLOAT_DTYPES, RowBlock, TensorInfo, printable, torch_dtype
+from vrscope.checkpoint.layout import (
+    DTYPE_BITS,
+    FLOAT_DTYPES,
+    RowBlock,
+    StoredBlock,
+    TensorInfo,
+    printable,
+    torch_dtype,
+)
 from vrscope.checkpoint.location import EXPECTED, Location, locate, read_json_object
 from vrscope.checkpoint.quantized import describe_quantization
 from vrscope.errors import CheckpointError, UnknownNameError
@@ -23,7 +31,7 @@ from vrscope.errors import CheckpointError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLOAT_DTYPES", "BlockPlace", "Checkpoint", "RowBlock", "TensorInfo", "open_checkpoint"]
+__all__ = ["FLOAT_DTYPES", "BlockPlace", "Checkpoint", "RowBlock", "StoredBlock", "TensorInfo", "open_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,23 @@ class Checkpoint:
         with self._open(info) as file:
             values = _elements(file, info, torch_dtype(info), first, place.rows * place.columns)
         return RowBlock(place.first_row, values.view(place.rows, place.columns), place.first_column)
+
+    def read_stored(self, place: BlockPlace) -> StoredBlock:
+        """Return the stored bits of a float tensor at a place that `block_places` gave; may be called on any thread.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read any more.
+        """
+        import numpy as np
+
+        info = self._info(place.name)
+        bits = np.empty((place.rows, place.columns), f"uint{DTYPE_BITS[info.dtype]}")
+        first = (place.first_row * info.columns + place.first_column) * bits.itemsize
+        with self._open(info) as file:
+            _fill(file, info, info.start + first, bits.reshape(-1).view(np.uint8).data)
+        return StoredBlock(place.first_row, bits, place.first_column, info)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor `name` in its stored dtype and shape.

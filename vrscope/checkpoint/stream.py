@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from vrscope.checkpoint.source import BlockPlace, Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
 from vrscope.executors import Executor, Serial
 from vrscope.progress import Progress, silent
 
@@ -32,7 +32,7 @@ class Companion(Protocol):
         """Return how many rows of a tensor must not be torn apart: blocks are cut at multiples of it."""
         ...
 
-    def visit(self, info: TensorInfo, block: RowBlock) -> Any:
+    def visit(self, info: TensorInfo, block: StoredBlock) -> Any:
         """Return what one block contributes; called on any thread."""
         ...
 
@@ -69,10 +69,10 @@ class Streaming:
 def stream(
     checkpoint: Checkpoint,
     names: Iterable[str],
-    function: Callable[[TensorInfo, RowBlock], Part],
+    function: Callable[[TensorInfo, StoredBlock], Part],
     how: Streaming,
 ) -> Iterator[tuple[str, Iterator[Part]]]:
-    """Yield each name with the results of its blocks, first block first; tensors without elements have none.
+    """Yield each float tensor's name with the results of its blocks, first block first; none if it has no elements.
 
     The results of one name must be used up before the next name is asked for.
 
@@ -103,14 +103,14 @@ def stream(
 def _results(
     checkpoint: Checkpoint,
     names: list[str],
-    function: Callable[[TensorInfo, RowBlock], Part],
+    function: Callable[[TensorInfo, StoredBlock], Part],
     how: Streaming,
 ) -> Iterator[tuple[str, int, Part]]:
     """Yield the name, size in bytes and result of every block."""
 
     def work(place: BlockPlace) -> tuple[str, int, Part]:
-        block = checkpoint.read_block(place)
-        return place.name, block.values.nbytes, function(checkpoint.tensors[place.name], block)
+        block = checkpoint.read_stored(place)
+        return place.name, block.bits.nbytes, function(checkpoint.tensors[place.name], block)
 
     places = (
         place

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vrscope.arch.roles import LINEAR, TensorRole
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.stream import Streaming, stream
 from vrscope.executors import Executor, default_executor
 from vrscope.progress import Progress, silent
@@ -98,7 +98,7 @@ class WeightErrors:
             return info.rows
         return _unit(info.columns, self._formats)
 
-    def visit(self, info: TensorInfo, block: RowBlock) -> NDArray[np.float64] | None:
+    def visit(self, info: TensorInfo, block: StoredBlock) -> NDArray[np.float64] | None:
         """Return the sums over one block, shape `(formats, 3)`; None for tensors that are not measured."""
         if info.name not in self._roles:
             return None

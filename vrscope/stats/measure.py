@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vrscope.arch.roles import OTHER, TensorRole
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.stream import SERIAL, Companion, Streaming, stream
 from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
@@ -186,7 +186,7 @@ def summarize(
     def view_of(info: TensorInfo) -> MatrixView | None:
         return matrix_view(info, role_of(roles, info))
 
-    def part_of(info: TensorInfo, block: RowBlock) -> tuple[BlockPart, Any]:
+    def part_of(info: TensorInfo, block: StoredBlock) -> tuple[BlockPart, Any]:
         return summarize_block(info, view_of(info), block), beside.visit(info, block) if beside else None
 
     for name, parts in stream(checkpoint, names, part_of, how):
@@ -219,10 +219,8 @@ class _Recount:
         from vrscope.stats.encoding import encoding
 
         code = encoding(self.checkpoint.tensors[self.name].dtype)
-        blocks = self.checkpoint.row_blocks(self.name, self.block_bytes)
-        return sum(
-            kernels.count_beyond(code.floats(code.bits(block.values)).reshape(-1), mean, distance) for block in blocks
-        )
+        blocks = map(self.checkpoint.read_stored, self.checkpoint.block_places(self.name, self.block_bytes))
+        return sum(kernels.count_beyond(code.floats(block.bits).reshape(-1), mean, distance) for block in blocks)
 
 
 def _top_singular_values(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.checkpoint.source import StoredBlock, TensorInfo
 from vrscope.stats.encoding import Encoding, encoding
 from vrscope.stats.histogram import Histogram, histogram_of, magnitude_of
 from vrscope.stats.matrix import MatrixView
@@ -105,13 +105,12 @@ class BlockPart:
     tail: NDArray[np.floating]
 
 
-def summarize_block(info: TensorInfo, view: MatrixView | None, block: RowBlock) -> BlockPart:
+def summarize_block(info: TensorInfo, view: MatrixView | None, block: StoredBlock) -> BlockPart:
     """Return what `block` contributes to the summary of its tensor, in one visit to its values."""
     from vrscope.stats import kernels
 
     code = encoding(info.dtype)
-    bits = code.bits(block.values)
-    flat = bits.reshape(-1)
+    flat = block.bits.reshape(-1)
     patterns = np.zeros(code.bins, np.uint32)
     kernels.count_patterns(flat, np.uint64(code.shift), patterns)
     first = block.first_row * info.columns + block.first_column
