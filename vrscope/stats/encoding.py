@@ -101,4 +101,5 @@ def _decoded(dtype: str) -> NDArray[np.float32]:
     field, fraction = (patterns >> np.uint32(3)) & np.uint32(15), patterns & np.uint32(7)
     magnitude = np.where(field > 0, np.ldexp(8.0 + fraction, field.astype(np.int32) - 10), np.ldexp(fraction, -9))
     magnitude[(patterns & np.uint32(0x7F)) == 0x7F] = np.nan  # the only pattern that is no number
-    return np.where(patterns < 128, magnitude, -magnitude).astype(np.float32)
+    values: NDArray[np.float32] = np.where(patterns < 128, magnitude, -magnitude).astype(np.float32)
+    return values
