@@ -128,6 +128,7 @@ def fill_statistics(
         from vrscope.quant.weights import WeightErrors, one_thread_each
 
         errors = WeightErrors(checkpoint, roles, formats)
+        errors.rehearse(progress)
         with one_thread_each():
             tensors = measure_tensors(
                 checkpoint, roles, options=options, executor=executor, progress=progress, beside=errors

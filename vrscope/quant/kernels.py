@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from vrscope.compiling import compiled
 
 Function = TypeVar("Function", bound=Callable[..., object])
 Singles = NDArray[np.float32]
@@ -31,18 +33,9 @@ _ONE, _ZERO, _LAST = np.float32(1), np.float32(0), np.float32(15)
 _STEP = np.float32(1 / 127)
 
 
-def _compiled(function: Function, **options: object) -> Function:
-    """Return `function` compiled with IEEE arithmetic, cached on disk where a folder can be written."""
-    options = {"nogil": True, "error_model": "numpy", **options}
-    try:
-        return cast(Function, numba.njit(cache=True, **options)(function))
-    except RuntimeError:
-        return cast(Function, numba.njit(**options)(function))
-
-
 def _summing(function: Function) -> Function:
     """Return `function` compiled so that sums may be reordered to use vector units."""
-    return _compiled(function, fastmath={"reassoc", "contract", "nsz"})
+    return compiled(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 def _bitcast(context: Any, bits: Any) -> Any:
@@ -59,7 +52,7 @@ def _bitcast(context: Any, bits: Any) -> Any:
 _as_float: Callable[..., np.float32] = intrinsic(_bitcast)  # an array of one element would cost more than its block
 
 
-@_compiled
+@compiled
 def largest(values: Singles) -> np.float32:
     """Return the largest magnitude of `values` (shape `(n,)`), 0 if there are none, NaN if one of them is."""
     bits = values.view(np.uint32)
@@ -69,7 +62,7 @@ def largest(values: Singles) -> np.float32:
     return _as_float(top)
 
 
-@_compiled
+@compiled
 def _to_codes(x: Singles, scales: tuple[np.float32, np.float32], code: Singles, bounds: Singles, y: Singles) -> None:
     """Write `code[number of bounds below x * scales[0]] * scales[1]`; NaN counts as above all bounds.
 
@@ -101,7 +94,7 @@ def _to_codes(x: Singles, scales: tuple[np.float32, np.float32], code: Singles, 
         y[i] = c * scale
 
 
-@_compiled
+@compiled
 def block_scales(values: Singles, size: int, out: Singles) -> None:
     """Write the scale of every block of `size` consecutive values (shape `(n,)`): its largest magnitude.
 
@@ -113,7 +106,7 @@ def block_scales(values: Singles, size: int, out: Singles) -> None:
         out[block] = _SMALLEST_SCALE if x.size < size and scale < _SMALLEST_SCALE else scale
 
 
-@_compiled
+@compiled
 def roundtrip_codebook_blocks(
     values: Singles, size: int, code: Singles, bounds: Singles, scales: Singles, out: Singles
 ) -> None:
@@ -150,7 +143,7 @@ def roundtrip_codebook_blocks(
             _to_codes(rest[: x.size], (_ONE, scale), code, bounds, y)
 
 
-@_compiled
+@compiled
 def _exponent(top: np.float32) -> int:
     """Return by which power of two a group must be moved down so that no intermediate result leaves the normal range.
 
@@ -159,7 +152,7 @@ def _exponent(top: np.float32) -> int:
     return 0 if top == _ZERO or _SMALL < top < _LARGE else math.frexp(np.float64(top))[1]
 
 
-@_compiled
+@compiled
 def _moved(x: Singles, exponent: int, y: Singles) -> None:
     """Write `x * 2**exponent`, in two steps because 2**exponent alone may not be a float32."""
     half = exponent // 2
@@ -168,7 +161,7 @@ def _moved(x: Singles, exponent: int, y: Singles) -> None:
         y[i] = x[i] * first * second
 
 
-@_compiled
+@compiled
 def _to_int8(x: Singles, top: np.float32, y: Singles) -> None:
     """Write `x` rounded to 255 levels of which the outermost are +-`top`."""
     if not top < np.inf:
@@ -186,20 +179,20 @@ def _to_int8(x: Singles, top: np.float32, y: Singles) -> None:
         _moved(y, exponent, y)
 
 
-@_compiled
+@compiled
 def roundtrip_int8_rows(values: Singles, out: Singles) -> None:
     """Round every row of `values` (shape `(rows, columns)`) to symmetric 8-bit integers with one scale per row."""
     for row in range(values.shape[0]):
         _to_int8(values[row], largest(values[row]), out[row])
 
 
-@_compiled
+@compiled
 def roundtrip_int8_scale(values: Singles, top: np.float32, out: Singles) -> None:
     """Round `values` (shape `(n,)`) to symmetric 8-bit integers; `top` is the largest magnitude of all."""
     _to_int8(values, np.float32(top), out)  # numba hands a float32 out as a Python float
 
 
-@_compiled
+@compiled
 def _range(x: Singles) -> tuple[np.float32, np.float32]:
     """Return the least and the largest of `x` and 0; NaN counts as beyond infinity of its sign.
 
@@ -213,7 +206,7 @@ def _range(x: Singles) -> tuple[np.float32, np.float32]:
     return _as_float(low if low > _MAGNITUDE else np.uint32(0)), _as_float(np.uint32(high))
 
 
-@_compiled
+@compiled
 def _to_int4(x: Singles, y: Singles) -> None:
     """Write one group rounded to asymmetric 4-bit integers."""
     low, high = _range(x)
@@ -237,7 +230,7 @@ def _to_int4(x: Singles, y: Singles) -> None:
         _moved(y, exponent, y)
 
 
-@_compiled
+@compiled
 def roundtrip_int4_groups(values: Singles, size: int, out: Singles) -> None:
     """Round every group to asymmetric 4-bit integers with a float32 scale and an integer zero point.
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vrscope.arch.roles import LINEAR, TensorRole
 from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.stream import Streaming, stream
+from vrscope.compiling import rehearse
 from vrscope.executors import Executor, default_executor
 from vrscope.progress import Progress, silent
 from vrscope.quant.formats import Format
@@ -69,6 +71,7 @@ def weight_error(
         If the checkpoint cannot be read any more.
     """
     errors = WeightErrors(checkpoint, roles, formats)
+    errors.rehearse(progress)
     how = Streaming(executor or default_executor(), progress, "weight error", BLOCK_BYTES, errors.unit)
     with one_thread_each():
         for name, parts in stream(checkpoint, errors.names, errors.visit, how):
@@ -88,6 +91,19 @@ class WeightErrors:
         self._roles = {name: roles[name] for name in self.names}
         self._formats = tuple(formats)
         self._sums: dict[str, NDArray[np.float64]] = {}
+
+    def rehearse(self, progress: Progress) -> None:
+        """Compile the loops of the formats if this machine has not done it yet."""
+        import torch
+
+        from vrscope.quant import kernels
+
+        weight = torch.zeros(2, 64)
+        steps = [
+            partial(_add_slab, weight, self._formats, [number], _no_sums(len(self._formats)))
+            for number in range(len(self._formats))
+        ]
+        rehearse(kernels.add_errors, steps, progress)
 
     def unit(self, info: TensorInfo) -> int:
         """Return how many stored rows must stay together: those that share a scale, or are parts of one matrix."""

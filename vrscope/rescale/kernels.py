@@ -9,25 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-
-def _compiled(function: Any, **options: Any) -> Any:
-    """Return `function` compiled, cached on disk where a folder can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, **options)(function)
+from vrscope.compiling import compiled
 
 
 def _summing(function: Any) -> Any:
     """Return `function` compiled so that sums of finite values may be reordered to use vector units."""
-    return _compiled(function, fastmath={"reassoc", "contract", "nsz", "nnan"})
+    return compiled(function, fastmath={"reassoc", "contract", "nsz", "nnan"})
 
 
-@_compiled
+@compiled
 def shift_exponents(
     bits: NDArray[np.unsignedinteger],
     rows: NDArray[np.signedinteger],
@@ -72,7 +65,7 @@ def shift_exponents(
     return failed
 
 
-@_compiled
+@compiled
 def largest_pattern(bits: NDArray[np.unsignedinteger]) -> Any:
     """Return the largest of stored bits (shape `(n,)`) without their sign, 0 if there are none.
 

@@ -9,20 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-
-def _compiled(function: Any) -> Any:
-    """Return `function` compiled, cached on disk where a folder can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
+from vrscope.compiling import compiled
 
 
-@_compiled
+@compiled
 def _odd(magnitude: Any, mantissa_bits: int) -> tuple[Any, Any]:
     """Return the odd whole number m and the exponent q of a magnitude m * 2**q, up to a constant in q; 0 for zero."""
     field: Any = np.int64(magnitude >> np.uint64(mantissa_bits))
@@ -37,8 +30,8 @@ def _odd(magnitude: Any, mantissa_bits: int) -> tuple[Any, Any]:
     return number, field
 
 
-@_compiled
-def _is_multiple(before: Any, after: Any, exponent: int, layout: tuple[int, int, int]) -> Any:
+@compiled
+def _is_multiple(before: Any, after: Any, exponent: Any, layout: tuple[int, int, int]) -> Any:
     """Return whether one stored value is exactly another times `2**exponent`; NaN and infinity stay."""
     width, mantissa_bits, limit = layout
     sign = np.uint64(1) << np.uint64(width - 1)
@@ -52,7 +45,7 @@ def _is_multiple(before: Any, after: Any, exponent: int, layout: tuple[int, int,
     return number == other and (number == np.uint64(0) or scale + exponent == other_scale)
 
 
-@_compiled
+@compiled
 def first_unequal(
     before: NDArray[np.unsignedinteger],
     after: NDArray[np.unsignedinteger],

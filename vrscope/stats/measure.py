@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +17,13 @@ import numpy as np
 from vrscope.arch.roles import OTHER, TensorRole
 from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.stream import SERIAL, Companion, Streaming, stream
+from vrscope.compiling import rehearse
 from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
 from vrscope.stats.matrix import MatrixView, matrix_view
 from vrscope.stats.spectrum import top_singular_value
 from vrscope.stats.statistics import SPECTRAL_STATISTICS, STATISTICS, Statistic
-from vrscope.stats.summary import Accumulator, BlockPart, Summary, summarize_block
+from vrscope.stats.summary import Accumulator, BlockPart, Summary, rehearsal, summarize_block
 from vrscope.tables import Column
 
 if TYPE_CHECKING:
@@ -100,9 +102,13 @@ def measure_tensors(
     """
     import pandas as pd
 
+    from vrscope.stats import kernels
+
     how = Streaming(executor, progress, "statistics", options.block_bytes)
     how = how if beside is None else replace(how, unit=beside.unit)
     names = [name for name, info in checkpoint.tensors.items() if info.is_float]
+    dtypes = {checkpoint.tensors[name].dtype for name in names}
+    rehearse(kernels.count_patterns, [partial(rehearsal, dtype) for dtype in sorted(dtypes)], progress)
     tops = _top_singular_values(checkpoint, roles, names, how) if options.spectrum else {}
     statistics = STATISTICS + (SPECTRAL_STATISTICS if options.spectrum else ())
     summaries = summarize(checkpoint, roles, names, how, options.target_std, beside)

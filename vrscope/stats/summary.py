@@ -132,6 +132,19 @@ def summarize_block(info: TensorInfo, view: MatrixView | None, block: StoredBloc
     return BlockPart(patterns, row_top, column_top, row, values[:start].copy(), chunks, values[stop:].copy())
 
 
+def rehearsal(dtype: str) -> None:
+    """Call every compiled loop that the summary of a tensor of this type needs."""
+    from vrscope.stats import kernels
+
+    code = encoding(dtype)
+    info = TensorInfo("", dtype, (3, CHUNK), "", 0, 3 * CHUNK * code.width // 8)
+    view = MatrixView(1, 3, CHUNK, False)
+    accumulator = Accumulator(info, view)
+    accumulator.add(summarize_block(info, view, StoredBlock(0, np.zeros((3, CHUNK), code.unsigned), 0, info)))
+    accumulator.summary(lambda mean, distance: 0, 1.0)
+    kernels.count_beyond(code.floats(np.zeros(1, code.unsigned)), 0.0, 0.0)
+
+
 @dataclass(slots=True)
 class Accumulator:
     """Merges the parts of one tensor, in the order of its rows."""
