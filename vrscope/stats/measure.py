@@ -20,6 +20,7 @@ from vrscope.checkpoint.stream import SERIAL, Companion, Streaming, stream
 from vrscope.compiling import rehearse
 from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
+from vrscope.stats.device import summarize_block_on
 from vrscope.stats.matrix import MatrixView, matrix_view
 from vrscope.stats.spectrum import top_singular_value
 from vrscope.stats.statistics import SPECTRAL_STATISTICS, STATISTICS, Statistic
@@ -66,11 +67,14 @@ class StatOptions:
         Whether to add `top_singular_value` and `stable_rank`, which take tens of passes over each matrix.
     block_bytes
         Aimed size of a row block; results do not depend on it.
+    device
+        "cpu" for the compiled loops, else a device of torch, such as "cuda", where the same is computed.
     """
 
     target_std: float = 0.01
     spectrum: bool = False
     block_bytes: int = 4 << 20
+    device: str = "cpu"
 
 
 DEFAULTS = StatOptions()
@@ -111,7 +115,7 @@ def measure_tensors(
     rehearse(kernels.count_patterns, [partial(rehearsal, dtype) for dtype in sorted(dtypes)], progress)
     tops = _top_singular_values(checkpoint, roles, names, how) if options.spectrum else {}
     statistics = STATISTICS + (SPECTRAL_STATISTICS if options.spectrum else ())
-    summaries = summarize(checkpoint, roles, names, how, options.target_std, beside)
+    summaries = summarize(checkpoint, roles, names, how, options, beside)
     values = {
         name: _values(replace(summary, top_singular_value=tops.get(name, math.nan)), statistics)
         for name, summary in summaries
@@ -178,7 +182,7 @@ def summarize(
     roles: Mapping[str, TensorRole],
     names: Iterable[str],
     how: Streaming,
-    target_std: float = DEFAULTS.target_std,
+    options: StatOptions = DEFAULTS,
     beside: Companion | None = None,
 ) -> Iterator[tuple[str, Summary]]:
     """Yield name and summary of float tensors, each read once, also for `beside`.
@@ -192,8 +196,10 @@ def summarize(
     def view_of(info: TensorInfo) -> MatrixView | None:
         return matrix_view(info, role_of(roles, info))
 
+    summarized = summarize_block if options.device == "cpu" else partial(summarize_block_on, options.device)
+
     def part_of(info: TensorInfo, block: StoredBlock) -> tuple[BlockPart, Any]:
-        return summarize_block(info, view_of(info), block), beside.visit(info, block) if beside else None
+        return summarized(info, view_of(info), block), beside.visit(info, block) if beside else None
 
     for name, parts in stream(checkpoint, names, part_of, how):
         info = checkpoint.tensors[name]
@@ -203,7 +209,7 @@ def summarize(
             if beside is not None:
                 beside.collect(info, more)
         recount = _Recount(checkpoint, name, how.block_bytes)
-        yield name, accumulator.summary(recount, target_std)
+        yield name, accumulator.summary(recount, options.target_std)
 
 
 def role_of(roles: Mapping[str, TensorRole], info: TensorInfo) -> TensorRole:
