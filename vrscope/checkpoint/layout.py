@@ -137,17 +137,22 @@ class RowBlock:
     values: torch.Tensor
     first_column: int = 0
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.values.shape[0], self.values.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """A row block of a float tensor as its stored bits, for loops that need no torch.
+    """A row block as its stored bits, for loops that need no torch.
 
     Attributes
     ----------
     first_row, first_column
         As in `RowBlock`.
     bits
-        Unsigned integers of the width of the stored type, shape `(n_rows, columns)`.
+        Unsigned integers as wide as the stored type, shape `(n_rows, columns)`.
     info
         The tensor.
     """
@@ -156,6 +161,11 @@ class StoredBlock:
     bits: NDArray[np.unsignedinteger]
     first_column: int
     info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.bits.shape[0], self.bits.shape[1]
 
     @property
     def values(self) -> torch.Tensor:

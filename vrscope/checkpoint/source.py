@@ -123,16 +123,18 @@ class Checkpoint:
         return RowBlock(place.first_row, values.view(place.rows, place.columns), place.first_column)
 
     def read_stored(self, place: BlockPlace) -> StoredBlock:
-        """Return the stored bits of a float tensor at a place that `block_places` gave; may be called on any thread.
+        """Return the stored bits at a place that `block_places` gave; may be called on any thread.
 
         Raises
         ------
         CheckpointError
-            If the file cannot be read any more.
+            If the file cannot be read any more, or elements are not whole bytes.
         """
         import numpy as np
 
         info = self._info(place.name)
+        if DTYPE_BITS[info.dtype] % 8:
+            torch_dtype(info)
         bits = np.empty((place.rows, place.columns), f"uint{DTYPE_BITS[info.dtype]}")
         first = (place.first_row * info.columns + place.first_column) * bits.itemsize
         with self._open(info) as file:

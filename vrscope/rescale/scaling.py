@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
 from vrscope.arch.spaces import by_tensor
-from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.checkpoint.source import RowBlock, StoredBlock, TensorInfo
 from vrscope.errors import CheckpointError, PlanError
 from vrscope.rescale.plan import POW2, RescalePlan
 
@@ -56,14 +56,14 @@ class TensorScale:
     one_plus: bool = False
     affine: tuple[float, float] | None = None
 
-    def window(self, info: TensorInfo, block: RowBlock) -> list[NDArray[Any]]:
+    def window(self, info: TensorInfo, block: RowBlock | StoredBlock) -> list[NDArray[Any]]:
         """Return the arrays of `exponents` or `factors` cut to a block and shaped to broadcast against it."""
         return [window_of(array, info, block) for array in (*self.exponents, *self.factors)]
 
 
-def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock) -> NDArray[Any]:
+def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock | StoredBlock) -> NDArray[Any]:
     """Return an array that broadcasts against a tensor, cut to a block and shaped to broadcast against it."""
-    rows, columns = block.values.shape
+    rows, columns = block.shape
     if len(info.shape) <= 1:
         flat = array.reshape(1, -1)
         return flat if flat.shape[1] == 1 else flat[:, block.first_column : block.first_column + columns]
@@ -118,7 +118,7 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
     return scales
 
 
-def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor:
+def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor:
     """Return the scaled values of a block, in the stored dtype and shape.
 
     Raises
@@ -147,7 +147,7 @@ def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.
     return stored
 
 
-def _shift(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor | None:
+def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor | None:
     """Return the block with its exponent bits shifted, or None where bits alone cannot do it (subnormals, limits)."""
     import torch
 
@@ -172,7 +172,7 @@ def _shift(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tenso
     return None if failed else values
 
 
-def _multiply(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor:
+def _multiply(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor:
     """Return the block multiplied in a wider type and stored again; refuse if that lost anything."""
     import torch
 

@@ -9,21 +9,18 @@ be the same, and the exponents must belong to spaces that were derived again fro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
-from vrscope.checkpoint.source import BlockPlace, Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
 from vrscope.errors import VerificationError
 from vrscope.executors import default_executor
 from vrscope.progress import Progress
 from vrscope.rescale.plan import RescalePlan
 from vrscope.rescale.scaling import TensorScale, scale_block, tensor_scales
-
-if TYPE_CHECKING:
-    import torch
 
 _BLOCK_BYTES = 4 << 20
 # Bits of a value, bits of its mantissa, pattern of the largest finite magnitude.
@@ -56,9 +53,9 @@ def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, pro
     done = compared = 0
 
     def work(place: BlockPlace) -> tuple[int, int]:
-        ours, theirs = a.read_block(place), b.read_block(place)
+        ours, theirs = a.read_stored(place), b.read_stored(place)
         _compare(a.tensors[place.name], ours, theirs, scales.get(place.name, TensorScale()))
-        return ours.values.numel(), ours.values.nbytes
+        return ours.bits.size, ours.bits.nbytes
 
     places = (place for name in a.tensors for place in a.block_places(name, _BLOCK_BYTES))
     for count, size in default_executor().map(work, places):
@@ -99,36 +96,27 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in {"transformers_version", "_name_or_path"}}
 
 
-def _compare(info: TensorInfo, ours: RowBlock, theirs: RowBlock, scale: TensorScale) -> None:
-    same = not info.is_float or (not scale.exponents and not scale.factors and scale.affine is None)
-    if same or not scale.exponents:
-        expected = ours.values if same else scale_block(info, ours, scale)
-        if not np.array_equal(_bytes(expected), _bytes(theirs.values)):
-            what = (
-                "must be the same bytes, since no scale touches it"
-                if same
-                else "is not the recorded formula rounded once"
-            )
-            _fail(info, ours, theirs, what)
+def _compare(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, scale: TensorScale) -> None:
+    if not info.is_float or (not scale.exponents and not scale.factors and scale.affine is None):
+        if not np.array_equal(ours.bits, theirs.bits):
+            _fail(info, ours, theirs, "must be the same bytes, since no scale touches it")
+        return
+    if not scale.exponents:
+        import torch
+
+        expected = scale_block(info, ours, scale).contiguous().view(torch.uint8).numpy()
+        if not np.array_equal(expected, theirs.bits.view(np.uint8)):
+            _fail(info, ours, theirs, "is not the recorded formula rounded once")
         return
     from vrscope.rescale.proof_kernels import first_unequal
 
     layout = _LAYOUTS[info.dtype]
-    before, after = (_bytes(block.values).view(f"uint{layout[0]}") for block in (ours, theirs))
-    rows, columns = _exponents(scale.window(info, ours), before.shape, np.int64 if layout[0] == 64 else np.int32)
-    if first_unequal(before, after, rows, columns, layout) >= 0:
+    rows, columns = _exponents(scale.window(info, ours), ours.shape, np.int64 if layout[0] == 64 else np.int32)
+    if first_unequal(ours.bits, theirs.bits, rows, columns, layout) >= 0:
         import torch
 
         exact = np.ldexp(ours.values.to(torch.float64).numpy(), rows[:, None] + columns)
         _fail(info, ours, theirs, "is not the original times the recorded powers of two", exact)
-
-
-def _bytes(values: torch.Tensor) -> NDArray[np.uint8]:
-    """Return the stored bytes of a block, shape `(rows, bytes per row)`."""
-    import torch
-
-    stored: NDArray[np.uint8] = values.contiguous().view(torch.uint8).numpy()
-    return stored
 
 
 def _exponents(
@@ -145,7 +133,7 @@ def _exponents(
     return np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(columns)
 
 
-def _fail(info: TensorInfo, ours: RowBlock, theirs: RowBlock, what: str, exact: Any = None) -> None:
+def _fail(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, what: str, exact: Any = None) -> None:
     import torch
 
     expected = ours.values.to(torch.float64).numpy() if exact is None else exact
