@@ -19,17 +19,19 @@ from typing import IO, TYPE_CHECKING
 from vrscope.checkpoint.companions import companion_files
 from vrscope.checkpoint.header import read_header
 from vrscope.checkpoint.layout import printable
-from vrscope.checkpoint.source import BlockPlace, Checkpoint, RowBlock, TensorInfo, open_checkpoint
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo, open_checkpoint
 from vrscope.checkpoint.staging import check_replaceable, output_errors, staged, sync_folders
 from vrscope.errors import CheckpointError, OutputError, VerificationError
 from vrscope.executors import default_executor
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from vrscope.progress import Progress
 
-Transform = Callable[[TensorInfo, RowBlock], "torch.Tensor"]
+Transform = Callable[[TensorInfo, StoredBlock], "torch.Tensor | NDArray[np.unsignedinteger]"]
 
 _COPY_BYTES = 1 << 20
 _BLOCK_BYTES = 4 << 20
@@ -58,8 +60,8 @@ def rewrite(
     out
         Folder to write; missing parents are made.
     transform
-        Called for each block of each float tensor, on any thread; returns its new values in the same dtype and shape.
-        Other tensors are copied byte for byte.
+        Called for each block of each float tensor, on any thread; returns its new values in the same dtype and shape,
+        as a tensor or as stored bits. Other tensors are copied byte for byte.
     extra
         File name to text, written beside the weights; goes before a copied file of that name.
     force
@@ -135,7 +137,7 @@ class _Writer:
             info, place = piece
             if isinstance(place, range):
                 return _read_at(original, place)
-            block = self.source.read_block(place)
+            block = self.source.read_stored(place)
             return _checked_bytes(info, block, transform(info, block))
 
         return bytes_of
@@ -253,11 +255,13 @@ def _stretches(file: IO[bytes], start: int, count: int) -> Iterator[bytes]:
         yield data
 
 
-def _checked_bytes(info: TensorInfo, block: RowBlock, values: torch.Tensor) -> memoryview:
+def _checked_bytes(
+    info: TensorInfo, block: StoredBlock, values: torch.Tensor | NDArray[np.unsignedinteger]
+) -> memoryview:
     """Return the bytes of transformed values, if they fit where the block was."""
-    import torch
+    import numpy as np
 
-    expected = block.values
+    expected = block.bits if isinstance(values, np.ndarray) else block.values
     if values.dtype != expected.dtype or values.shape != expected.shape:
         message = (
             f"{printable(info.name)} ({printable(info.shard)}): expected {expected.dtype} of shape "
@@ -265,6 +269,10 @@ def _checked_bytes(info: TensorInfo, block: RowBlock, values: torch.Tensor) -> m
             "Nothing was written; keep dtype and shape."
         )
         raise VerificationError(message)
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    import torch
+
     return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 

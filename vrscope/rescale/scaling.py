@@ -131,7 +131,9 @@ def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorSc
     values = block.values
     if scale.exponents:
         shifted = _shift(info, block, scale)
-        return _multiply(info, block, scale) if shifted is None else shifted
+        if shifted is None:
+            return _multiply(info, block, scale)
+        return StoredBlock(block.first_row, shifted, block.first_column, info).values
     wide = values.to(torch.float64)
     if scale.affine is not None:
         wide = wide * scale.affine[0] + scale.affine[1]
@@ -147,15 +149,18 @@ def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorSc
     return stored
 
 
-def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor | None:
-    """Return the block with its exponent bits shifted, or None where bits alone cannot do it (subnormals, limits)."""
-    import torch
+def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger] | None:
+    """Return the stored bits of a block with its exponents moved, shape `(rows, columns)`.
 
+    None where bits alone cannot do it: other scales than powers of two, subnormal numbers, limits of the type.
+    """
     from vrscope.rescale.kernels import shift_exponents
 
+    if not scale.exponents:
+        return None
     width, mantissa = _BITS[info.dtype]
     lane: Any = np.int64 if width == 64 else np.int32  # the narrower, the more elements the loop takes at a time
-    rows, columns = (np.zeros(size, lane) for size in block.values.shape)
+    rows, columns = (np.zeros(size, lane) for size in block.shape)
     for window in scale.window(info, block):
         if window.shape[1] == 1:
             rows += window[:, 0].astype(lane)
@@ -163,13 +168,36 @@ def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) 
             columns += window[0].astype(lane)
         else:
             return None
-    signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
-    values = block.values.contiguous().clone()
-    bits = values.view(signed).numpy().view(f"uint{width}")
+    bits = _bits(block).copy()
     magnitude = (1 << (width - 1)) - 1
     largest = (magnitude >> mantissa) - 1  # the field above it is infinity and NaN
     failed = shift_exponents(bits, rows, columns, mantissa, magnitude, largest)
-    return None if failed else values
+    return None if failed else bits
+
+
+def scaled_bits(info: TensorInfo, block: StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger]:
+    """Return the stored bits of the scaled values of a block, shape `(rows, columns)`.
+
+    Raises
+    ------
+    PlanError
+        As `scale_block`.
+    """
+    shifted = _shift(info, block, scale)
+    return _bits(RowBlock(0, scale_block(info, block, scale))) if shifted is None else shifted
+
+
+def _bits(block: RowBlock | StoredBlock) -> NDArray[np.unsignedinteger]:
+    """Return the stored bits of a float block, shape `(rows, columns)`."""
+    if isinstance(block, StoredBlock):
+        return block.bits
+    import torch
+
+    values = block.values.contiguous()
+    width = 8 * values.dtype.itemsize
+    signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
+    bits: NDArray[np.unsignedinteger] = values.view(signed).numpy().view(f"uint{width}")
+    return bits
 
 
 def _multiply(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor:
@@ -200,7 +228,7 @@ def out_of_range(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor
     return lost | newly
 
 
-def require_finite(info: TensorInfo, block: RowBlock) -> None:
+def require_finite(info: TensorInfo, block: RowBlock | StoredBlock) -> None:
     """Refuse a block with NaN or infinity: no scale can be chosen for it or proved on it.
 
     Raises
@@ -208,15 +236,9 @@ def require_finite(info: TensorInfo, block: RowBlock) -> None:
     CheckpointError
         If an element is not finite.
     """
-    import torch
-
     from vrscope.rescale.kernels import largest_pattern
 
-    if not info.is_float:
-        return
-    width = _BITS[info.dtype][0]
-    bits = block.values.contiguous().view(torch.uint8).numpy().reshape(-1).view(f"uint{width}")
-    if largest_pattern(bits) > _LARGEST_FINITE[info.dtype]:
+    if info.is_float and largest_pattern(_bits(block).reshape(-1)) > _LARGEST_FINITE[info.dtype]:
         message = (
             f"{info.name} ({info.shard}): has NaN or infinite weights, so it is not rescaled. "
             "`vrscope analyze` counts them per tensor."

@@ -65,6 +65,10 @@ class Encoding:
         """Return the values of stored bits, same shape: float64 for F64, else float32, which is exact."""
         if self.width >= 32:
             return bits.view(np.dtype(f"float{self.width}"))
+        if self.dtype == "BF16":  # the upper half of a float32
+            wide = bits.astype(np.uint32)
+            wide <<= np.uint32(16)
+            return wide.view(np.float32)
         table = _decoded(self.dtype)
         values: NDArray[np.float32] = table[bits]
         return values
