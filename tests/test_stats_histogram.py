@@ -115,3 +115,9 @@ def test_every_pattern_decodes_as_torch_decodes_it(dtype: str) -> None:
     np.testing.assert_array_equal(code.lower, expected[: code.bins // 2][finite])
     infinite = np.flatnonzero(np.isinf(expected[: code.bins // 2]))
     assert infinite.tolist() == ([] if code.infinity is None else [code.infinity])
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_the_limits_of_a_type_are_those_that_torch_names(dtype: str) -> None:
+    limits = torch.finfo(DTYPES[dtype])
+    assert (encoding(dtype).largest, encoding(dtype).smallest_normal) == (limits.max, limits.smallest_normal)

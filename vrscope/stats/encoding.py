@@ -21,6 +21,7 @@ _LAYOUTS = {
     "F8_E4M3": (8, 0, 0x7E),
     "F8_E5M2": (8, 0, 0x7B),
 }
+_MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,16 @@ class Encoding:
     def bins(self) -> int:
         """Number of bins over both signs, NaN and infinity included."""
         return 1 << (self.width - self.shift)
+
+    @property
+    def largest(self) -> float:
+        """Largest finite magnitude."""
+        return float(self.floats(np.array([self.limit], self.unsigned))[0])
+
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest magnitude with all its mantissa bits."""
+        return float(self.floats(np.array([1 << _MANTISSA_BITS[self.dtype]], self.unsigned))[0])
 
     @property
     def unsigned(self) -> np.dtype[np.unsignedinteger]:
