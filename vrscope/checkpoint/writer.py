@@ -12,7 +12,8 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -81,17 +82,17 @@ def rewrite(
         If `transform` returns another dtype or shape.
     """
     target, files, total = _checked(source, out, extra, force=force)
-    with staged(target, force=force) as folder:
-        writer = _Writer(source, folder, target, progress, total)
+    with staged(target, force=force) as folder, ThreadPoolExecutor(1) as background:
+        writer = _Writer(source, folder, target, progress, total, background)
         for shard in source.shards:
             writer.shard(shard, transform)
         for name in files:
             writer.copy(name)
         for name, text in extra.items():
             writer.text(name, text)
-        writer.sync()
         copy = open_checkpoint(folder / (source.index or source.shards[0]))
         prove(dataclasses.replace(copy, name=str(out)))
+        writer.sync()
 
 
 @dataclass(slots=True)
@@ -103,7 +104,9 @@ class _Writer:
     target: Path
     progress: Progress
     total: int
+    background: Executor
     done: int = 0
+    flushing: list[Future[None]] = field(default_factory=list)
 
     def shard(self, shard: str, transform: Transform) -> None:
         """Write one shard: its header as it is, then the transformed tensors."""
@@ -156,8 +159,10 @@ class _Writer:
             os.fsync(file.fileno())
 
     def sync(self) -> None:
-        """Flush the folders to the disk; the files are there already."""
+        """Wait until all files are on the disk, then flush the folders."""
         with output_errors(self.target):
+            for future in self.flushing:
+                future.result()
             sync_folders(self.folder)
 
     def _new(self, name: str) -> IO[bytes]:
@@ -178,11 +183,19 @@ class _Writer:
             self._put(file, data)
 
     def _finish(self, file: IO[bytes], original: Path) -> None:
-        """Flush a copy to the disk, with the permissions of its original (and writable by its owner)."""
+        """Begin to flush a copy to the disk, with the permissions of its original (and writable by its owner)."""
         with output_errors(self.target):
             with contextlib.suppress(PermissionError):  # some file systems have no permissions
                 os.fchmod(file.fileno(), stat.S_IMODE(original.stat().st_mode) | stat.S_IWUSR)
-            os.fsync(file.fileno())
+            self.flushing.append(self.background.submit(_flush, os.dup(file.fileno())))  # beside the work that follows
+
+
+def _flush(handle: int) -> None:
+    """Flush a file to the disk and close this handle of it."""
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_target(source: Checkpoint, out: Path, *, force: bool) -> None:
@@ -211,10 +224,10 @@ def _checked(
 
 
 def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
-    """Write all bytes to an unbuffered file, which may take several calls."""
+    """Write all bytes to an unbuffered file, in calls of a size that file systems take at full speed."""
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest) :]
+        rest = rest[file.write(rest[:_COPY_BYTES]) :]
 
 
 @contextlib.contextmanager
