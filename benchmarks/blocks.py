@@ -25,10 +25,10 @@ def main() -> None:
     for name in ("nf4", "fp4"):
         entry = get_format(name)
         slabs = list(weight.split(1024))
-        entry.roundtrip(slabs[0]), entry.reference(slabs[0])
+        entry.roundtrip(slabs[0]), entry.by_engine(slabs[0])
         for _ in range(rounds):
             started = time.perf_counter()
-            theirs = [entry.reference(slab) for slab in slabs]
+            theirs = [entry.by_engine(slab) for slab in slabs]
             middle = time.perf_counter()
             ours = list(default_executor().map(entry.roundtrip, slabs))
             ended = time.perf_counter()

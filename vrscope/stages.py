@@ -129,7 +129,7 @@ def fill_statistics(
 
         errors = WeightErrors(checkpoint, roles, formats)
         errors.rehearse(progress)
-        with one_thread_each():
+        with one_thread_each(formats):
             tensors = measure_tensors(
                 checkpoint, roles, options=options, executor=executor, progress=progress, beside=errors
             )

@@ -14,8 +14,11 @@ from vrscope.errors import UnknownNameError
 from vrscope.quant import bnb, roundtrip, simulated
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+    Singles = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +95,12 @@ class Format:
     activations
         Whether the layer's inputs are quantized as well, so that a model must run the real layer.
     roundtrip
-        Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape, with compiled loops.
+        Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape.
+    values
+        The same for numpy arrays, by compiled loops; None if there are none.
     reference
         The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
-        what this gives.
+        what this gives. None if `roundtrip` is that.
     """
 
     name: str
@@ -105,7 +110,27 @@ class Format:
     scope: ScaleScope
     activations: bool
     roundtrip: Callable[[Tensor], Tensor]
-    reference: Callable[[Tensor], Tensor]
+    values: Callable[[Singles], Singles] | None = None
+    reference: Callable[[Tensor], Tensor] | None = None
+
+    def of_array(self, weight: Singles) -> Singles:
+        """Return the round trip of a contiguous float32 array `(out, in)`, as a new one."""
+        if self.values is not None:
+            return self.values(weight)
+        import torch
+
+        dequantized: Singles = self.roundtrip(torch.from_numpy(weight)).numpy()
+        return dequantized
+
+    def by_engine(self, weight: Tensor) -> Tensor:
+        """Return the round trip of a float32 tensor `(out, in)` by the engine that the format names."""
+        return (self.reference or self.roundtrip)(weight)
+
+
+def _looped(values: Callable[[Singles], Singles], reference: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return the three functions of a format that has compiled loops and a reference."""
+    tensors = partial(roundtrip.through, values=values, reference=reference)
+    return {"roundtrip": tensors, "values": values, "reference": reference}
 
 
 def _int4(group: int | None) -> Format:
@@ -118,8 +143,7 @@ def _int4(group: int | None) -> Format:
         "simulated",
         ScaleScope("group", group) if group else ScaleScope("row"),
         activations=False,
-        roundtrip=partial(roundtrip.int4, group=group),
-        reference=partial(simulated.int4_per_group, group=group),
+        **_looped(partial(roundtrip.int4, group=group), partial(simulated.int4_per_group, group=group)),
     )
 
 
@@ -131,8 +155,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("row"),
         activations=True,
-        roundtrip=roundtrip.llm_int8,
-        reference=bnb.int8_rows,
+        **_looped(roundtrip.llm_int8, bnb.int8_rows),
     ),
     Format(
         "int8-row",
@@ -141,8 +164,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("row"),
         activations=False,
-        roundtrip=roundtrip.int8_rows,
-        reference=simulated.int8_per_row,
+        **_looped(roundtrip.int8_rows, simulated.int8_per_row),
     ),
     Format(
         "int8-tensor",
@@ -151,8 +173,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("tensor"),
         activations=False,
-        roundtrip=roundtrip.int8_tensor,
-        reference=simulated.int8_per_tensor,
+        **_looped(roundtrip.int8_tensor, simulated.int8_per_tensor),
     ),
     Format(
         "nf4",
@@ -161,8 +182,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        roundtrip=partial(roundtrip.four_bit, kind="nf4"),
-        reference=partial(bnb.four_bit, kind="nf4"),
+        **_looped(partial(roundtrip.four_bit, kind="nf4"), partial(bnb.four_bit, kind="nf4")),
     ),
     Format(
         "nf4-dq",
@@ -171,8 +191,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK, nested=True),
         activations=False,
-        roundtrip=partial(roundtrip.four_bit, kind="nf4", nested=True),
-        reference=partial(bnb.four_bit, kind="nf4", nested=True),
+        **_looped(partial(roundtrip.four_bit, kind="nf4", nested=True), partial(bnb.four_bit, kind="nf4", nested=True)),
     ),
     Format(
         "fp4",
@@ -181,8 +200,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        roundtrip=partial(roundtrip.four_bit, kind="fp4"),
-        reference=partial(bnb.four_bit, kind="fp4"),
+        **_looped(partial(roundtrip.four_bit, kind="fp4"), partial(bnb.four_bit, kind="fp4")),
     ),
     _int4(32),
     _int4(64),

@@ -100,7 +100,7 @@ def quantized(model: Any, entry: Format) -> Iterator[None]:
 def _roundtripped(weights: list[QuantizedWeight], entry: Format) -> Iterator[None]:
     originals = [weight.parameter.data for weight in weights]
     # bitsandbytes itself makes what is reported in its name: the compiled loops are tested against one version of it.
-    roundtrip = entry.reference if entry.engine == "bitsandbytes" else entry.roundtrip
+    roundtrip = entry.by_engine if entry.engine == "bitsandbytes" else entry.roundtrip
     try:
         for weight, original in zip(weights, originals, strict=True):
             weight.parameter.data = original.clone()

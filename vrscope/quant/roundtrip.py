@@ -1,4 +1,4 @@
-"""Weights through a format at the speed of the compiled loops: tensors in, dequantized tensors out.
+"""Weights through a format at the speed of the compiled loops: float32 arrays `(out, in)` in, new arrays out.
 
 Every function gives, element for element, what its counterpart in `vrscope.quant.bnb` or `vrscope.quant.simulated`
 gives on the CPU; those stay the reference, and take over for tensors on other devices.
@@ -6,12 +6,13 @@ gives on the CPU; those stay the reference, and take over for tensors on other d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.quant import bnb, simulated
+from vrscope.quant import bnb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +40,23 @@ CODEBOOKS: dict[FourBit, tuple[Singles, Singles]] = {"nf4": _codebook(_NF4), "fp
 NO_SCALES: Singles = np.empty(0, np.float32)
 
 
-def four_bit(weight: Tensor, kind: FourBit, nested: bool = False) -> Tensor:
-    """Return what `bnb.four_bit` returns; of the nested scales bitsandbytes itself makes the 8 bits."""
+def through(weight: Tensor, values: Callable[[Singles], Singles], reference: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a float32 tensor after a round trip: by `values` on the CPU, by `reference` on any other device."""
+    import torch
+
     if weight.device.type != "cpu":
-        return bnb.four_bit(weight, kind, nested)
+        return reference(weight)
+    return torch.from_numpy(values(weight.detach().contiguous().numpy()))
+
+
+def four_bit(weight: Singles, kind: FourBit, nested: bool = False) -> Singles:
+    """Return what `bnb.four_bit` returns; of the nested scales bitsandbytes itself makes the 8 bits."""
     from vrscope.quant import kernels
 
-    values, out = _arrays(weight)
-    scales = nested_scales(values.reshape(-1)) if nested and values.size else NO_SCALES
+    out, flat = np.empty_like(weight), weight.reshape(-1)
+    scales = nested_scales(flat) if nested and flat.size else NO_SCALES
     code, bounds = CODEBOOKS[kind]
-    kernels.roundtrip_codebook_blocks(values.reshape(-1), bnb.BLOCK, code, bounds, scales, out.numpy().reshape(-1))
+    kernels.roundtrip_codebook_blocks(flat, bnb.BLOCK, code, bounds, scales, out.reshape(-1))
     return out
 
 
@@ -61,50 +69,35 @@ def nested_scales(values: Singles) -> Singles:
     return bnb.requantized_scales(scales)
 
 
-def int8_rows(weight: Tensor) -> Tensor:
+def int8_rows(weight: Singles) -> Singles:
     """Return what `simulated.int8_per_row` returns."""
-    if weight.device.type != "cpu":
-        return simulated.int8_per_row(weight)
     from vrscope.quant import kernels
 
-    values, out = _arrays(weight)
-    kernels.roundtrip_int8_rows(values, out.numpy())
+    out = np.empty_like(weight)
+    kernels.roundtrip_int8_rows(weight, out)
     return out
 
 
-def int8_tensor(weight: Tensor) -> Tensor:
+def int8_tensor(weight: Singles) -> Singles:
     """Return what `simulated.int8_per_tensor` returns."""
-    if weight.device.type != "cpu":
-        return simulated.int8_per_tensor(weight)
     from vrscope.quant import kernels
 
-    values, out = _arrays(weight)
-    flat = values.reshape(-1)
-    kernels.roundtrip_int8_scale(flat, kernels.largest(flat), out.numpy().reshape(-1))
+    out, flat = np.empty_like(weight), weight.reshape(-1)
+    kernels.roundtrip_int8_scale(flat, kernels.largest(flat), out.reshape(-1))
     return out
 
 
-def llm_int8(weight: Tensor) -> Tensor:
+def llm_int8(weight: Singles) -> Singles:
     """Return what `bnb.int8_rows` returns."""
-    if weight.device.type != "cpu":
-        return bnb.int8_rows(weight)
-    return int8_rows(weight.half().float())
-
-
-def int4(weight: Tensor, group: int | None) -> Tensor:
-    """Return what `simulated.int4_per_group` returns."""
-    if weight.device.type != "cpu":
-        return simulated.int4_per_group(weight, group)
-    from vrscope.quant import kernels
-
-    values, out = _arrays(weight)
-    kernels.roundtrip_int4_groups(values, group or max(1, values.shape[1]), out.numpy())
-    return out
-
-
-def _arrays(weight: Tensor) -> tuple[Singles, Tensor]:
-    """Return a contiguous view of `weight` (a copy only if it is not), and a new tensor of its shape."""
     import torch
 
-    held = weight.detach().contiguous()
-    return held.numpy(), torch.empty_like(held)
+    return int8_rows(torch.from_numpy(weight).half().float().numpy())
+
+
+def int4(weight: Singles, group: int | None) -> Singles:
+    """Return what `simulated.int4_per_group` returns."""
+    from vrscope.quant import kernels
+
+    out = np.empty_like(weight)
+    kernels.roundtrip_int4_groups(weight, group or max(1, weight.shape[1]), out)
+    return out

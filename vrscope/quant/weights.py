@@ -8,10 +8,11 @@ and the errors are pooled. Sums are taken in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vrscope.arch.roles import LINEAR, TensorRole
 from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
-    from torch import Tensor
 
 SLAB_ELEMENTS = 1 << 17  # a slab and its dequantized self stay in the second-level cache of most machines
 BLOCK_BYTES = 4 << 20
@@ -73,7 +73,7 @@ def weight_error(
     errors = WeightErrors(checkpoint, roles, formats)
     errors.rehearse(progress)
     how = Streaming(executor or default_executor(), progress, "weight error", BLOCK_BYTES, errors.unit)
-    with one_thread_each():
+    with one_thread_each(errors.formats):
         for name, parts in stream(checkpoint, errors.names, errors.visit, how):
             for part in parts:
                 errors.collect(checkpoint.tensors[name], part)
@@ -89,45 +89,45 @@ class WeightErrors:
     def __init__(self, checkpoint: Checkpoint, roles: Mapping[str, TensorRole], formats: Sequence[Format]) -> None:
         self.names = [info.name for info in checkpoint.tensors.values() if _is_linear(info, roles)]
         self._roles = {name: roles[name] for name in self.names}
-        self._formats = tuple(formats)
+        self.formats = tuple(formats)
         self._sums: dict[str, NDArray[np.float64]] = {}
 
     def rehearse(self, progress: Progress) -> None:
         """Compile the loops of the formats if this machine has not done it yet."""
-        import torch
+        import numpy as np
 
         from vrscope.quant import kernels
 
-        weight = torch.zeros(2, 64)
+        weight = np.zeros((2, 64), np.float32)
         steps = [
-            partial(_add_slab, weight, self._formats, [number], _no_sums(len(self._formats)))
-            for number in range(len(self._formats))
+            partial(_add_slab, weight, self.formats, [number], _no_sums(len(self.formats)))
+            for number in range(len(self.formats))
         ]
         rehearse(kernels.add_errors, steps, progress)
 
     def unit(self, info: TensorInfo) -> int:
         """Return how many stored rows must stay together: those that share a scale, or are parts of one matrix."""
         role = self._roles.get(info.name)
-        if role is None or not self._formats or not {"out", "in"} & set(role.dims[:1]):
+        if role is None or not self.formats or not {"out", "in"} & set(role.dims[:1]):
             return 1  # not measured, or each row of a stack holds whole matrices
-        if role.dims != ("out", "in") or any(entry.scope.whole for entry in self._formats):
+        if role.dims != ("out", "in") or any(entry.scope.whole for entry in self.formats):
             return info.rows
-        return _unit(info.columns, self._formats)
+        return _unit(info.columns, self.formats)
 
     def visit(self, info: TensorInfo, block: StoredBlock) -> NDArray[np.float64] | None:
         """Return the sums over one block, shape `(formats, 3)`; None for tensors that are not measured."""
         if info.name not in self._roles:
             return None
-        sums = _no_sums(len(self._formats))
-        stored = block.values.reshape(-1, *info.shape[1:])
+        sums = _no_sums(len(self.formats))
+        stored = block.bits.reshape(-1, *info.shape[1:])
         for matrix in matrices(stored, self._roles[info.name].dims):
-            _add(matrix, self._formats, sums)
+            _add(matrix, partial(_singles, info), self.formats, sums)
         return sums
 
     def collect(self, info: TensorInfo, part: NDArray[np.float64] | None) -> None:
         """Merge the sums of the next block of a tensor."""
         if part is not None:
-            held = self._sums.setdefault(info.name, _no_sums(len(self._formats)))
+            held = self._sums.setdefault(info.name, _no_sums(len(self.formats)))
             held[:, :2] += part[:, :2]
             for mine, theirs in zip(held, part, strict=True):
                 mine[2] = _larger(mine[2], theirs[2])
@@ -139,7 +139,7 @@ class WeightErrors:
         rows = [
             {"tensor": name, "role": role.role, "layer": role.layer, "format": entry.name, **_figures(*sums)}
             for name, role in self._roles.items()
-            for entry, sums in zip(self._formats, self._sums[name].tolist(), strict=True)
+            for entry, sums in zip(self.formats, self._sums[name].tolist(), strict=True)
         ]
         frame = pd.DataFrame(rows, columns=[column.name for column in WEIGHT_ERROR_COLUMNS])
         return frame.astype({"layer": "Int64"})
@@ -170,7 +170,7 @@ def _is_linear(info: TensorInfo, roles: Mapping[str, TensorRole]) -> bool:
     return role is not None and role.kind == LINEAR and info.is_float and info.numel > 0 and len(info.shape) >= 2
 
 
-def matrices(stored: Tensor, dims: Sequence[str]) -> Iterator[Tensor]:
+def matrices(stored: NDArray[Any], dims: Sequence[str]) -> Iterator[NDArray[Any]]:
     """Yield the `(out, in)` matrices of a stored tensor, as views: one, or one per expert.
 
     Parameters
@@ -183,31 +183,51 @@ def matrices(stored: Tensor, dims: Sequence[str]) -> Iterator[Tensor]:
     import numpy as np
 
     other = [position for position, kind in enumerate(dims) if kind not in {"out", "in"}]
-    ordered = stored.permute(*other, dims.index("out"), dims.index("in"))
+    ordered = stored.transpose(*other, dims.index("out"), dims.index("in"))
     for index in np.ndindex(*ordered.shape[:-2]):
         yield ordered[index]
 
 
-def _add(matrix: Tensor, formats: Sequence[Format], sums: NDArray[np.float64]) -> None:
+def _singles(info: TensorInfo, bits: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the float32 values of some stored bits of a tensor, contiguous, shape as that of `bits`."""
+    import numpy as np
+
+    held = np.ascontiguousarray(bits)
+    if info.dtype == "BF16":  # the upper half of a float32
+        wide = held.astype(np.uint32)
+        wide <<= np.uint32(16)
+        return wide.view(np.float32)
+    if info.dtype == "F32":
+        return held.view(np.float32)
+    values: NDArray[np.float32] = StoredBlock(0, held, 0, info).values.float().numpy()
+    return values
+
+
+def _add(
+    matrix: NDArray[Any],
+    decoded: Callable[[NDArray[Any]], NDArray[np.float32]],
+    formats: Sequence[Format],
+    sums: NDArray[np.float64],
+) -> None:
     """Add the errors of a matrix `(out, in)` to `sums`: slab by slab, or at once where scales depend on all of it."""
     rows, columns = matrix.shape
     sliced = [number for number, entry in enumerate(formats) if not entry.scope.whole]
     unit = _unit(columns, formats)
     step = max(unit, SLAB_ELEMENTS // columns // unit * unit)
     for first in range(0, rows if sliced else 0, step):
-        _add_slab(matrix[first : first + step], formats, sliced, sums)
+        _add_slab(decoded(matrix[first : first + step]), formats, sliced, sums)
     whole = [number for number, entry in enumerate(formats) if entry.scope.whole]
     if whole:
-        _add_slab(matrix, formats, whole, sums)
+        _add_slab(decoded(matrix), formats, whole, sums)
 
 
-def _add_slab(slab: Tensor, formats: Sequence[Format], which: Sequence[int], sums: NDArray[np.float64]) -> None:
+def _add_slab(
+    weight: NDArray[np.float32], formats: Sequence[Format], which: Sequence[int], sums: NDArray[np.float64]
+) -> None:
     from vrscope.quant import kernels
 
-    weight = slab.float().contiguous()
-    values = weight.view(-1).numpy()
     for number in which:
-        kernels.add_errors(values, formats[number].roundtrip(weight).view(-1).numpy(), sums[number])
+        kernels.add_errors(weight.reshape(-1), formats[number].of_array(weight).reshape(-1), sums[number])
 
 
 def _unit(columns: int, formats: Sequence[Format]) -> int:
@@ -217,8 +237,15 @@ def _unit(columns: int, formats: Sequence[Format]) -> int:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Keep torch from starting threads of its own inside the executor's; both at once are slower than either."""
+def one_thread_each(formats: Sequence[Format]) -> Iterator[None]:
+    """Keep torch from starting threads of its own inside the executor's; both at once are slower than either.
+
+    Without effect on formats that do not need torch, so that it is not imported for them.
+    """
+    with_torch = any(entry.values is None or entry.activations or entry.scope.nested for entry in formats)
+    if not with_torch and "torch" not in sys.modules:
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()
