@@ -7,6 +7,7 @@ gives on the CPU; those stay the reference, and take over for tensors on other d
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -30,14 +31,13 @@ _FP4_MAGNITUDES = (0.0, 0.0052083334885537624, 0.1666666716337204, 0.25, 0.33333
 _FP4 = (*(-m for m in reversed(_FP4_MAGNITUDES[1:])), 0.0, -0.0, *_FP4_MAGNITUDES[1:])
 
 
-def _codebook(codes: tuple[float, ...]) -> tuple[Singles, Singles]:
-    """Return ascending codes and the bounds halfway between them, computed in float32."""
-    code = np.array(codes, np.float32)
+@lru_cache
+def codebook(kind: FourBit) -> tuple[Singles, Singles]:
+    """Return the 16 codes, ascending, and the 15 bounds halfway between them, computed in float32."""
+    import numpy as np
+
+    code = np.array(_NF4 if kind == "nf4" else _FP4, np.float32)
     return code, (code[:-1] + code[1:]) / np.float32(2)
-
-
-CODEBOOKS: dict[FourBit, tuple[Singles, Singles]] = {"nf4": _codebook(_NF4), "fp4": _codebook(_FP4)}
-NO_SCALES: Singles = np.empty(0, np.float32)
 
 
 def through(weight: Tensor, values: Callable[[Singles], Singles], reference: Callable[[Tensor], Tensor]) -> Tensor:
@@ -51,17 +51,21 @@ def through(weight: Tensor, values: Callable[[Singles], Singles], reference: Cal
 
 def four_bit(weight: Singles, kind: FourBit, nested: bool = False) -> Singles:
     """Return what `bnb.four_bit` returns; of the nested scales bitsandbytes itself makes the 8 bits."""
+    import numpy as np
+
     from vrscope.quant import kernels
 
     out, flat = np.empty_like(weight), weight.reshape(-1)
-    scales = nested_scales(flat) if nested and flat.size else NO_SCALES
-    code, bounds = CODEBOOKS[kind]
+    scales = nested_scales(flat) if nested and flat.size else np.empty(0, np.float32)
+    code, bounds = codebook(kind)
     kernels.roundtrip_codebook_blocks(flat, bnb.BLOCK, code, bounds, scales, out.reshape(-1))
     return out
 
 
 def nested_scales(values: Singles) -> Singles:
     """Return the scales of all blocks of a weight (shape `(n,)`) after double quantization."""
+    import numpy as np
+
     from vrscope.quant import kernels
 
     scales = np.empty(-(-values.size // bnb.BLOCK), np.float32)
@@ -71,6 +75,8 @@ def nested_scales(values: Singles) -> Singles:
 
 def int8_rows(weight: Singles) -> Singles:
     """Return what `simulated.int8_per_row` returns."""
+    import numpy as np
+
     from vrscope.quant import kernels
 
     out = np.empty_like(weight)
@@ -80,6 +86,8 @@ def int8_rows(weight: Singles) -> Singles:
 
 def int8_tensor(weight: Singles) -> Singles:
     """Return what `simulated.int8_per_tensor` returns."""
+    import numpy as np
+
     from vrscope.quant import kernels
 
     out, flat = np.empty_like(weight), weight.reshape(-1)
@@ -96,6 +104,8 @@ def llm_int8(weight: Singles) -> Singles:
 
 def int4(weight: Singles, group: int | None) -> Singles:
     """Return what `simulated.int4_per_group` returns."""
+    import numpy as np
+
     from vrscope.quant import kernels
 
     out = np.empty_like(weight)
