@@ -62,3 +62,10 @@ def oracle(tensor: torch.Tensor) -> dict[str, float]:
 def spread(absmax: np.ndarray) -> float:
     """Return maximum over median."""
     return float(absmax.max() / np.median(absmax))
+
+
+def bits_of(values: torch.Tensor) -> np.ndarray:
+    """Return the stored bits of a tensor as unsigned integers, same shape."""
+    width = 8 * values.dtype.itemsize
+    signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
+    return values.contiguous().view(signed).numpy().view(f"uint{width}")

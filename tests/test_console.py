@@ -67,3 +67,18 @@ def test_progress_on_a_terminal_is_a_bar_per_stage(monkeypatch: pytest.MonkeyPat
         progress("first", 1, 2, "bytes")
         progress("second", 2, 2, "tokens")
     assert "first" in stream.getvalue() and "second" in stream.getvalue()
+
+
+def test_progress_in_bytes_tells_rate_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with console.progress_display(False) as progress:
+        progress("reading", 0, 40_000_000_000, "bytes")
+        now[0] = 20.0
+        progress("reading", 10_000_000_000, 40_000_000_000, "bytes")
+        now[0] = 40.0
+        progress("counting", 0, 100, "tokens")
+    assert stream.getvalue().splitlines()[0] == "vrscope: reading 25%, 0.50 GB/s, 60 s left"
+    assert "/s" not in stream.getvalue().splitlines()[1]

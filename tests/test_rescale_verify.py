@@ -117,13 +117,13 @@ def test_a_plan_for_another_checkpoint_is_refused(pair, tmp_path):
 
 def test_a_copy_that_fails_its_proof_is_removed(pair, tmp_path, monkeypatch):
     source = open_checkpoint(pair[0])
-    original = apply.scale_block
+    original = apply.scaled_bits
 
     def wrong(info, block, scale):
-        values = original(info, block, scale)
-        return values * 2 if info.name.endswith("layers.1.mlp.down_proj.weight") else values
+        bits = original(info, block, scale)
+        return bits ^ bits.dtype.type(info.name.endswith("layers.1.mlp.down_proj.weight"))
 
-    monkeypatch.setattr(apply, "scale_block", wrong)
+    monkeypatch.setattr(apply, "scaled_bits", wrong)
     with pytest.raises(VerificationError, match="down_proj"):
         apply_plan(source, bind(source), pair[2], tmp_path / "out", force=False, progress=silent)
     assert list(tmp_path.iterdir()) == []

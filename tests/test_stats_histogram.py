@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from stats_oracle import DTYPES, EXACT
+from stats_oracle import DTYPES, EXACT, bits_of
 
 from vrscope.stats import kernels
 from vrscope.stats.encoding import encoding
@@ -15,7 +15,7 @@ from vrscope.stats.histogram import Histogram, histogram_of, magnitude_of
 def histogram(values: torch.Tensor, dtype: str) -> Histogram:
     code = encoding(dtype)
     counts = np.zeros(code.bins, np.uint32)
-    kernels.count_patterns(code.bits(values).reshape(-1), np.uint64(code.shift), counts)
+    kernels.count_patterns(bits_of(values).reshape(-1), np.uint64(code.shift), counts)
     finite = values.to(torch.float64).numpy()
     finite = np.abs(finite[np.isfinite(finite)])
     return histogram_of(code, counts.astype(np.int64), float(finite.max(initial=0)))
@@ -98,7 +98,7 @@ def test_nothing_finite_gives_nothing(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_magnitudes_are_read_back_from_their_patterns(dtype: str) -> None:
     values = sample(dtype, 50).abs()
-    tops = np.append(encoding(dtype).bits(values) + encoding(dtype).unsigned.type(1), encoding(dtype).unsigned.type(0))
+    tops = np.append(bits_of(values) + encoding(dtype).unsigned.type(1), encoding(dtype).unsigned.type(0))
     found = magnitude_of(encoding(dtype), tops)
     np.testing.assert_array_equal(found[:-1], values.to(torch.float64).numpy())
     assert np.isnan(found[-1])
@@ -110,8 +110,14 @@ def test_every_pattern_decodes_as_torch_decodes_it(dtype: str) -> None:
     signed = torch.int8 if code.width == 8 else torch.int16
     every = torch.arange(code.bins, dtype=torch.int32).to(signed).view(DTYPES[dtype])
     expected = every.to(torch.float64).numpy()
-    np.testing.assert_array_equal(code.floats(code.bits(every)), expected)
+    np.testing.assert_array_equal(code.floats(bits_of(every)), expected)
     finite = np.isfinite(expected[: code.bins // 2])
     np.testing.assert_array_equal(code.lower, expected[: code.bins // 2][finite])
     infinite = np.flatnonzero(np.isinf(expected[: code.bins // 2]))
     assert infinite.tolist() == ([] if code.infinity is None else [code.infinity])
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_the_limits_of_a_type_are_those_that_torch_names(dtype: str) -> None:
+    limits = torch.finfo(DTYPES[dtype])
+    assert (encoding(dtype).largest, encoding(dtype).smallest_normal) == (limits.max, limits.smallest_normal)

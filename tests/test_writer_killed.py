@@ -22,7 +22,7 @@ SHARDS = {name: {f"w{n}.{k}": torch.full((64, 32), n + k / 4) for k in range(4)}
 # Each child rewrites MODEL to its own folder and kills itself with SIGKILL at one point (a function about to be
 # called, or just returned), or is killed by its parent after so many seconds of a slow transform.
 SCRIPT = """
-import json, os, shutil, signal, sys, time
+import itertools, json, os, shutil, signal, sys, time
 from pathlib import Path
 import torch
 from vrscope.checkpoint import staging, writer
@@ -36,13 +36,13 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def deadly(owner, name, call, after):
-    original, calls = getattr(owner, name), [0]
+    original, calls = getattr(owner, name), itertools.count(1)
     def wrapped(*arguments, **options):
-        calls[0] += 1
-        if calls[0] == call and not after:
+        mine = next(calls)  # files are flushed on a thread of their own
+        if mine == call and not after:
             die()
         result = original(*arguments, **options)
-        if calls[0] == call and after:
+        if mine == call and after:
             die()
         return result
     setattr(owner, name, wrapped)

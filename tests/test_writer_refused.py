@@ -182,7 +182,7 @@ def test_an_error_leaves_the_place_as_it_was(
         options[place] = fail
     with pytest.raises(error):
         run(model, out, **options)
-    assert hidden == [1]
+    assert hidden and set(hidden) == {1}  # other threads may call it before the first error is seen
     assert tree(out) == before and out.exists() == old
     assert_tidy(tmp_path)
 

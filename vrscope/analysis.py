@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vrscope import stages
+from vrscope import proof, stages
 from vrscope.checkpoint.source import Checkpoint, open_checkpoint
 from vrscope.errors import ModelError, TextError
 from vrscope.executors import default_executor
@@ -17,7 +17,7 @@ from vrscope.tables import Report
 from vrscope.verdict import verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from vrscope.arch.roles import TensorRole
     from vrscope.quant.text import TextSample
@@ -34,6 +34,7 @@ def analyze(
     per: Literal["channel", "head"] | None = None,
     spectral: bool = False,
     target_std: float = 0.01,
+    formats: Sequence[str] = (),
     revision: str | None = None,
     families: str | Path | None = None,
     progress: Progress = silent,
@@ -59,6 +60,8 @@ def analyze(
         Adds the top singular value and the stable rank of every matrix; takes tens of passes.
     target_std
         What `tvr_ratio` compares with.
+    formats
+        Names of formats whose error on every linear weight to add, from the same pass.
     revision
         Branch, tag or commit of a hub id.
     families
@@ -69,8 +72,8 @@ def analyze(
     Returns
     -------
     Report
-        Tables "tensors", "depth_law", "histograms", and "channels" or "heads"; of activations "activations",
-        "residual", and where there are any "outlier_dimensions", "experts" and "activation_channels".
+        Tables "tensors", "depth_law", "histograms", and "channels" or "heads", and "weight_error" with `formats`; of
+        activations "activations", "residual", and where there are any "outlier_dimensions", "experts" and "activation_channels".
 
     Raises
     ------
@@ -82,6 +85,7 @@ def analyze(
     from vrscope.stats.measure import StatOptions
 
     started = time.monotonic()
+    entries = stages.read_formats(formats)
     checkpoint = open_checkpoint(model, revision)
     roles, family = stages.read_roles(checkpoint, families)
     sample: TextSample | None = None
@@ -91,7 +95,7 @@ def analyze(
         where = device, dtype
         sample, (tables, columns) = _activations(checkpoint, roles, text, tokens, where, per == "channel", progress)
     options = StatOptions(target_std=target_std, spectrum=spectral)
-    more, described = stages.fill_statistics(checkpoint, roles, options, progress)
+    more, described = stages.fill_statistics(checkpoint, roles, options, progress, entries)
     tables |= more
     columns |= described
     if per is not None:
@@ -100,7 +104,13 @@ def analyze(
         name = "channels" if per == "channel" else "heads"
         tables[name] = measure_parts(checkpoint, roles, per, executor=default_executor(), progress=progress)
         columns[name] = CHANNEL_COLUMNS if per == "channel" else HEAD_COLUMNS
-    settings = {"weights_only": weights_only, "per": per, "spectral": spectral, "target_std": target_std}
+    settings: dict[str, object] = {
+        "weights_only": weights_only,
+        "per": per,
+        "spectral": spectral,
+        "target_std": target_std,
+    }
+    settings |= {"formats": list(formats) or None}
     run = {} if weights_only else {"text": text, "tokens": tokens, "device": device, "dtype": dtype}
     facts = provenance(
         time.monotonic() - started,
@@ -113,8 +123,8 @@ def analyze(
     )
     if checkpoint.quantization is not None:
         facts["quantization"] = checkpoint.quantization
-    if stages.not_equivalent([checkpoint]):
-        facts["equivalent"] = stages.not_equivalent([checkpoint])
+    if proof.not_equivalent([checkpoint]):
+        facts["equivalent"] = proof.not_equivalent([checkpoint])
     return Report("analyze", facts, verdict(tables, facts), tables, columns)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrscope import stages
+from vrscope import proof, stages
 from vrscope.analysis import analyze
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import PlanError, VerificationError
@@ -249,19 +249,19 @@ def verify(
 
     started = time.monotonic()
     first, second = open_checkpoint(a, revision), open_checkpoint(b)
-    recorded = stages.recorded_plan(first, second, plan, families)
+    recorded = proof.recorded_plan(first, second, plan, families)
     binding = stages.bind_checkpoint(first, families, recorded.approximate)
     check_plan(recorded, binding, first.fingerprint(), first.name)
     prove(first, second, binding, recorded, progress)
     if recorded.equivalent == NOT_EQUIVALENT:
         message = f"{second.name}: follows its plan, but the plan is raw TVR, which is not function-preserving."
         raise VerificationError(message)
-    rows = [stages.weight_proof(first, recorded)]
+    rows = [proof.weight_proof(first, recorded)]
     if logits:
         sample = stages.read_sample(first, text, tokens)
         for dtype in ("float32", "bfloat16"):
-            rows.append(stages.compare_outputs((first, second), recorded, sample, (device, dtype), progress))
-    tables, columns = stages.fill_proof(rows)
+            rows.append(proof.compare_outputs((first, second), recorded, sample, (device, dtype), progress))
+    tables, columns = proof.fill_proof(rows)
     facts = provenance(
         time.monotonic() - started,
         model=str(a),
@@ -312,6 +312,6 @@ def check_family(
     checkpoint = open_checkpoint(model, revision)
     binding = stages.bind_checkpoint(checkpoint, families, approximate)
     rows = family_check.check_family(checkpoint, binding, device=device, progress=progress)
-    tables, columns = stages.fill_proof(rows)
+    tables, columns = proof.fill_proof(rows)
     facts = provenance(time.monotonic() - started, model=str(model), family=binding.family, settings={})
     return Report("check-family", facts, (), tables, columns)

@@ -91,11 +91,15 @@ def run(model: str, out: Path, everything: bool, output: Output, **settings: Any
 @click.option("--per", type=click.Choice(["channel", "head"]), help="Add tables of channels, or of heads.")
 @click.option("--spectral", is_flag=True, help="Add the top singular value and the stable rank; takes longer.")
 @click.option("--target-std", type=options.POSITIVE, help="What `tvr_ratio` compares with. Default: 0.01.")
+@options.more_formats
 @options.revision
 @options.families
 @options.force
 @options.everything
-@options.output("tensors", "depth_law", "channels", "heads", "activations", "residual", "outlier_dimensions", "experts")
+@options.output(
+    *("tensors", "depth_law", "channels", "heads", "weight_error"),
+    *("activations", "residual", "outlier_dimensions", "experts"),
+)
 def analyze(model: str, out: Path | None, force: bool, everything: bool, output: Output, **settings: Any) -> None:
     """Describe weights and activations, layer by layer."""
     from vrscope import api

@@ -99,6 +99,7 @@ def _bars() -> Bars:
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -112,12 +113,14 @@ class _Bars:
 
     bars: Bars
     tasks: dict[str, TaskID] = field(default_factory=dict)
+    began: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
-        del unit
         if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(escape(stage), total=total)
-        self.bars.update(self.tasks[stage], completed=done, total=total)
+            self.tasks[stage] = self.bars.add_task(escape(stage), total=total, rate="")
+            self.began[stage] = time.monotonic()
+        seconds = time.monotonic() - self.began[stage]
+        self.bars.update(self.tasks[stage], completed=done, total=total, rate=_rate(done, seconds, unit))
 
 
 @dataclass(slots=True)
@@ -125,19 +128,20 @@ class _Lines:
     """A line on standard error every `_SPARSE_SECONDS`; work that ends sooner prints none."""
 
     last: float
-    stage: str = ""
-    began: float = 0.0
+    began: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
-        del unit
         now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.began = stage, now
+        seconds = now - self.began.setdefault(stage, now)
         if now - self.last < _SPARSE_SECONDS:
             return
         self.last = now
         share = f" {done / total:.0%}" if total else ""
-        # Less than a minute is not worth foretelling.
-        left = (now - self.began) * (total - done) / done if done else 0.0
-        rest = f", {left / 60:.0f} min left" if left >= 60 else ""
-        sys.stderr.write(f"vrscope: {escape(stage)}{share}{rest}\n")
+        rate = _rate(done, seconds, unit)
+        left = f", {seconds * (total - done) / done:.0f} s left" if 0 < done < total and seconds > 0 else ""
+        sys.stderr.write(f"vrscope: {escape(stage)}{share}{', ' if rate else ''}{rate}{left}\n")
+
+
+def _rate(done: int, seconds: float, unit: str) -> str:
+    """Return how fast bytes are worked on; nothing for other units, whose number says little."""
+    return f"{done / seconds / 1e9:.2f} GB/s" if unit == "bytes" and seconds > 0 else ""

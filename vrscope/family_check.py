@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vrscope import stages
+from vrscope import proof
 from vrscope.arch.binding import Binding
 from vrscope.checkpoint.source import Checkpoint, open_checkpoint
 from vrscope.errors import VerificationError
@@ -77,7 +77,7 @@ def check_family(
             rows.append((f"outputs, {dtype}", BIT_EQUAL, detail))
         if limited:
             rows += _check_limited(binding, limited, compared)
-    rows.append(stages.weight_proof(checkpoint, plan))
+    rows.append(proof.weight_proof(checkpoint, plan))
     return rows
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vrscope import stages
+from vrscope import proof, stages
 from vrscope.checkpoint.source import Checkpoint, open_checkpoint
 from vrscope.executors import default_executor
 from vrscope.progress import Progress, silent
@@ -75,7 +75,7 @@ def measure(
         settings={"formats": list(formats), "weights_only": weights_only},
         notes=tables["damage"].attrs.get("notes", []) if "damage" in tables else [],
         command=command_line("measure", [model, *others], arguments),
-        equivalent=stages.not_equivalent(opened),
+        equivalent=proof.not_equivalent(opened),
         **stages.sample_facts(sample, device, dtype),
     )
     return Report("measure", facts, verdict(tables, facts), tables, columns)
@@ -145,11 +145,11 @@ def run(
     tables |= more
     columns |= described
     chosen, before = make_plan(checkpoint, binding, method, options, default_executor(), progress)
-    rows = [stages.weight_proof(checkpoint, chosen)]
+    rows = [proof.weight_proof(checkpoint, chosen)]
 
     def accept(copy: Checkpoint) -> None:
         short = stages.read_sample(checkpoint, text, min(tokens, PROOF_TOKENS))
-        rows.append(stages.compare_outputs((checkpoint, copy), chosen, short, (device, "float32"), progress))
+        rows.append(proof.compare_outputs((checkpoint, copy), chosen, short, (device, "float32"), progress))
         remove_earlier(folder)  # only now, when nothing can refuse the checkpoint that replaces theirs
 
     target = folder / RESCALED_FOLDER
@@ -158,7 +158,7 @@ def run(
     after = profile_weights(rescaled, binding, default_executor(), progress)
     for more, described in (
         stages.fill_plan(checkpoint, binding, done, (before, after), entries),
-        stages.fill_proof(rows),
+        proof.fill_proof(rows),
         stages.fill_damage({ORIGINAL: checkpoint, RESCALED: rescaled}, entries, sample, (device, "float32"), progress),
     ):
         tables |= more

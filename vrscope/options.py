@@ -322,3 +322,9 @@ formats = click.option(
 dtype = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
 )
+more_formats = click.option(
+    "--formats",
+    type=Names(),
+    metavar="NAMES",
+    help="Add the error of the weights in these formats, comma-separated; see `vrscope list formats`.",
+)

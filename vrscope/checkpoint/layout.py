@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from vrscope.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -134,6 +136,43 @@ class RowBlock:
     first_row: int
     values: torch.Tensor
     first_column: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.values.shape[0], self.values.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A row block as its stored bits, for loops that need no torch.
+
+    Attributes
+    ----------
+    first_row, first_column
+        As in `RowBlock`.
+    bits
+        Unsigned integers as wide as the stored type, shape `(n_rows, columns)`.
+    info
+        The tensor.
+    """
+
+    first_row: int
+    bits: NDArray[np.unsignedinteger]
+    first_column: int
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.bits.shape[0], self.bits.shape[1]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The same memory as a tensor of the stored dtype."""
+        import torch
+
+        return torch.from_numpy(self.bits.view(f"int{8 * self.bits.itemsize}")).view(torch_dtype(self.info))
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:

@@ -15,7 +15,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 from vrscope.checkpoint.header import read_header
 from vrscope.checkpoint.hub import fetch, is_hub_id
-from vrscope.checkpoint.layout import FLOAT_DTYPES, RowBlock, TensorInfo, printable, torch_dtype
+from vrscope.checkpoint.layout import (
+    DTYPE_BITS,
+    FLOAT_DTYPES,
+    RowBlock,
+    StoredBlock,
+    TensorInfo,
+    printable,
+    torch_dtype,
+)
 from vrscope.checkpoint.location import EXPECTED, Location, locate, read_json_object
 from vrscope.checkpoint.quantized import describe_quantization
 from vrscope.errors import CheckpointError, UnknownNameError
@@ -23,7 +31,19 @@ from vrscope.errors import CheckpointError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLOAT_DTYPES", "Checkpoint", "RowBlock", "TensorInfo", "open_checkpoint"]
+__all__ = ["FLOAT_DTYPES", "BlockPlace", "Checkpoint", "RowBlock", "StoredBlock", "TensorInfo", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlace:
+    """Where one row block of a tensor lies: its first row and column, and how many of each."""
+
+    name: str
+    first_row: int
+    rows: int
+    first_column: int
+    columns: int
+
 
 _SPOTS, _SPOT_BYTES = 16, 64  # the sample of each tensor that enters the fingerprint
 
@@ -61,34 +81,65 @@ class Checkpoint:
     index: str | None
     quantization: str | None
 
-    def row_blocks(self, name: str, max_bytes: int = 1 << 20) -> Iterator[RowBlock]:
+    def row_blocks(self, name: str, max_bytes: int = 1 << 20, unit: int = 1) -> Iterator[RowBlock]:
         """Yield the tensor `name` in blocks of whole rows of about `max_bytes` bytes, first row first.
 
-        A row larger than `max_bytes` is one block; a vector is cut along its elements; a tensor without elements has
-        no blocks. Every block is a fresh tensor in the stored dtype. Iterations in several threads do not disturb
-        each other, as each opens the shard for itself.
+        Blocks are cut only at multiples of `unit` rows, so `unit` rows larger than `max_bytes` are one block. A vector
+        is cut along its elements; a tensor without elements has no blocks. Every block is a fresh tensor in the stored
+        dtype.
 
         Raises
         ------
         CheckpointError
             If the file cannot be read any more, or the dtype is one that torch cannot hold.
         """
+        for place in self.block_places(name, max_bytes, unit):
+            yield self.read_block(place)
+
+    def block_places(self, name: str, max_bytes: int = 1 << 20, unit: int = 1) -> list[BlockPlace]:
+        """Return where the blocks of `row_blocks` lie; nothing is read."""
         info = self._info(name)
-        dtype = torch_dtype(info)
         if info.numel == 0:
-            return
+            return []
         rows, columns = info.rows, info.columns
+        if len(info.shape) <= 1:
+            step = max(1, max_bytes // max(1, info.size_bytes // info.numel))
+            return [BlockPlace(name, 0, 1, first, min(step, columns - first)) for first in range(0, columns, step)]
+        step = max(unit, max_bytes // (info.size_bytes // rows) // unit * unit)
+        return [BlockPlace(name, first, min(step, rows - first), 0, columns) for first in range(0, rows, step)]
+
+    def read_block(self, place: BlockPlace) -> RowBlock:
+        """Return the block at a place that `block_places` gave; may be called on any thread.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read any more, or the dtype is one that torch cannot hold.
+        """
+        info = self._info(place.name)
+        first = place.first_row * info.columns + place.first_column
         with self._open(info) as file:
-            if len(info.shape) <= 1:
-                step = max(1, max_bytes // max(1, info.size_bytes // info.numel))
-                for first in range(0, columns, step):
-                    width = min(step, columns - first)
-                    yield RowBlock(0, _elements(file, info, dtype, first, width).reshape(1, width), first)
-                return
-            step = max(1, max_bytes // (info.size_bytes // rows))
-            for first in range(0, rows, step):
-                count = min(step, rows - first)
-                yield RowBlock(first, _elements(file, info, dtype, first * columns, count * columns).view(-1, columns))
+            values = _elements(file, info, torch_dtype(info), first, place.rows * place.columns)
+        return RowBlock(place.first_row, values.view(place.rows, place.columns), place.first_column)
+
+    def read_stored(self, place: BlockPlace) -> StoredBlock:
+        """Return the stored bits at a place that `block_places` gave; may be called on any thread.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read any more, or elements are not whole bytes.
+        """
+        import numpy as np
+
+        info = self._info(place.name)
+        if DTYPE_BITS[info.dtype] % 8:
+            torch_dtype(info)
+        bits = np.empty((place.rows, place.columns), f"uint{DTYPE_BITS[info.dtype]}")
+        first = (place.first_row * info.columns + place.first_column) * bits.itemsize
+        with self._open(info) as file:
+            _fill(file, info, info.start + first, bits.reshape(-1).view(np.uint8).data)
+        return StoredBlock(place.first_row, bits, place.first_column, info)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor `name` in its stored dtype and shape.

@@ -11,26 +11,31 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vrscope.checkpoint.companions import companion_files
 from vrscope.checkpoint.header import read_header
 from vrscope.checkpoint.layout import printable
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo, open_checkpoint
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo, open_checkpoint
 from vrscope.checkpoint.staging import check_replaceable, output_errors, staged, sync_folders
 from vrscope.errors import CheckpointError, OutputError, VerificationError
+from vrscope.executors import default_executor
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from vrscope.progress import Progress
 
-Transform = Callable[[TensorInfo, RowBlock], "torch.Tensor"]
+Transform = Callable[[TensorInfo, StoredBlock], "torch.Tensor | NDArray[np.unsignedinteger]"]
 
 _COPY_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20
 _SLACK_BYTES = 4 << 20  # for folders and rounding to file system blocks
 
 
@@ -56,8 +61,8 @@ def rewrite(
     out
         Folder to write; missing parents are made.
     transform
-        Called for each block of each float tensor; returns its new values in the same dtype and shape. Other tensors
-        are copied byte for byte.
+        Called for each block of each float tensor, on any thread; returns its new values in the same dtype and shape,
+        as a tensor or as stored bits. Other tensors are copied byte for byte.
     extra
         File name to text, written beside the weights; goes before a copied file of that name.
     force
@@ -77,17 +82,17 @@ def rewrite(
         If `transform` returns another dtype or shape.
     """
     target, files, total = _checked(source, out, extra, force=force)
-    with staged(target, force=force) as folder:
-        writer = _Writer(source, folder, target, progress, total)
+    with staged(target, force=force) as folder, ThreadPoolExecutor(1) as background:
+        writer = _Writer(source, folder, target, progress, total, background)
         for shard in source.shards:
             writer.shard(shard, transform)
         for name in files:
             writer.copy(name)
         for name, text in extra.items():
             writer.text(name, text)
-        writer.sync()
         copy = open_checkpoint(folder / (source.index or source.shards[0]))
         prove(dataclasses.replace(copy, name=str(out)))
+        writer.sync()
 
 
 @dataclass(slots=True)
@@ -99,7 +104,9 @@ class _Writer:
     target: Path
     progress: Progress
     total: int
+    background: Executor
     done: int = 0
+    flushing: list[Future[None]] = field(default_factory=list)
 
     def shard(self, shard: str, transform: Transform) -> None:
         """Write one shard: its header as it is, then the transformed tensors."""
@@ -111,13 +118,32 @@ class _Writer:
             raise CheckpointError(message)
         with _open_source(path) as original, self._new(shard) as file:
             self._stretch(file, original, header.data_start)
-            for info in tensors:
-                if not info.is_float:
-                    self._stretch(file, original, info.size_bytes, info.start)
-                    continue
-                for block in self.source.row_blocks(info.name):
-                    self._put(file, _checked_bytes(info, block, transform(info, block)))
+            for data in default_executor().map(self._transformer(original, transform), self._pieces(tensors)):
+                self._put(file, data)
             self._finish(file, path)
+
+    def _pieces(self, tensors: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, BlockPlace | range]]:
+        """Yield what to write in order: blocks of float tensors, and stretches of bytes of the others."""
+        for info in tensors:
+            if info.is_float:
+                yield from ((info, place) for place in self.source.block_places(info.name, _BLOCK_BYTES))
+            else:
+                for first in range(info.start, info.end, _COPY_BYTES):
+                    yield info, range(first, min(first + _COPY_BYTES, info.end))
+
+    def _transformer(
+        self, original: IO[bytes], transform: Transform
+    ) -> Callable[[tuple[TensorInfo, BlockPlace | range]], bytes | memoryview]:
+        """Return the function that makes the bytes to write of each piece; it runs on any thread."""
+
+        def bytes_of(piece: tuple[TensorInfo, BlockPlace | range]) -> bytes | memoryview:
+            info, place = piece
+            if isinstance(place, range):
+                return _read_at(original, place)
+            block = self.source.read_stored(place)
+            return _checked_bytes(info, block, transform(info, block))
+
+        return bytes_of
 
     def copy(self, name: str) -> None:
         """Copy one file by content, also where it is a link."""
@@ -133,8 +159,10 @@ class _Writer:
             os.fsync(file.fileno())
 
     def sync(self) -> None:
-        """Flush the folders to the disk; the files are there already."""
+        """Wait until all files are on the disk, then flush the folders."""
         with output_errors(self.target):
+            for future in self.flushing:
+                future.result()
             sync_folders(self.folder)
 
     def _new(self, name: str) -> IO[bytes]:
@@ -155,11 +183,19 @@ class _Writer:
             self._put(file, data)
 
     def _finish(self, file: IO[bytes], original: Path) -> None:
-        """Flush a copy to the disk, with the permissions of its original (and writable by its owner)."""
+        """Begin to flush a copy to the disk, with the permissions of its original (and writable by its owner)."""
         with output_errors(self.target):
             with contextlib.suppress(PermissionError):  # some file systems have no permissions
                 os.fchmod(file.fileno(), stat.S_IMODE(original.stat().st_mode) | stat.S_IWUSR)
-            os.fsync(file.fileno())
+            self.flushing.append(self.background.submit(_flush, os.dup(file.fileno())))  # beside the work that follows
+
+
+def _flush(handle: int) -> None:
+    """Flush a file to the disk and close this handle of it."""
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_target(source: Checkpoint, out: Path, *, force: bool) -> None:
@@ -188,10 +224,10 @@ def _checked(
 
 
 def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
-    """Write all bytes to an unbuffered file, which may take several calls."""
+    """Write all bytes to an unbuffered file, in calls of a size that file systems take at full speed."""
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest) :]
+        rest = rest[file.write(rest[:_COPY_BYTES]) :]
 
 
 @contextlib.contextmanager
@@ -209,6 +245,16 @@ def _open_source(path: Path) -> IO[bytes]:
         return path.open("rb")
 
 
+def _read_at(file: IO[bytes], place: range) -> bytes:
+    """Return the bytes at `place` without moving the file's position."""
+    with _source_errors(Path(file.name)):
+        data = os.pread(file.fileno(), len(place), place.start)
+    if len(data) < len(place):
+        message = f"{printable(file.name)}: was changed while it was read. Start again when nothing writes to it."
+        raise CheckpointError(message)
+    return data
+
+
 def _stretches(file: IO[bytes], start: int, count: int) -> Iterator[bytes]:
     """Yield `count` bytes from `start` on, in pieces."""
     file.seek(start)
@@ -222,11 +268,13 @@ def _stretches(file: IO[bytes], start: int, count: int) -> Iterator[bytes]:
         yield data
 
 
-def _checked_bytes(info: TensorInfo, block: RowBlock, values: torch.Tensor) -> memoryview:
+def _checked_bytes(
+    info: TensorInfo, block: StoredBlock, values: torch.Tensor | NDArray[np.unsignedinteger]
+) -> memoryview:
     """Return the bytes of transformed values, if they fit where the block was."""
-    import torch
+    import numpy as np
 
-    expected = block.values
+    expected = block.bits if isinstance(values, np.ndarray) else block.values
     if values.dtype != expected.dtype or values.shape != expected.shape:
         message = (
             f"{printable(info.name)} ({printable(info.shard)}): expected {expected.dtype} of shape "
@@ -234,6 +282,10 @@ def _checked_bytes(info: TensorInfo, block: RowBlock, values: torch.Tensor) -> m
             "Nothing was written; keep dtype and shape."
         )
         raise VerificationError(message)
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    import torch
+
     return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 

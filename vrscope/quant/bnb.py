@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 BLOCK = 64
+SCALE_BLOCK = 256
 OUTLIER_THRESHOLD = 6.0
 CAST_LOGGER = "bitsandbytes.autograd._functions"
 
@@ -45,6 +47,24 @@ def four_bit(weight: Tensor, kind: Literal["nf4", "fp4"], nested: bool = False) 
     codes, state = functional.quantize_4bit(even, blocksize=BLOCK, quant_type=kind, compress_statistics=nested)
     values: Tensor = functional.dequantize_4bit(codes, state)
     return values.reshape(-1)[: flat.numel()].reshape(weight.shape)
+
+
+def requantized_scales(scales: NDArray[Any]) -> NDArray[Any]:
+    """Return block scales after double quantization: 8 bits in blocks of 256, relative to their mean.
+
+    Parameters
+    ----------
+    scales
+        float32, `(blocks,)`: the scales of one whole weight.
+    """
+    import torch
+    from bitsandbytes import functional
+
+    held = torch.from_numpy(scales)
+    mean = held.mean()
+    codes, state = functional.quantize_blockwise(held - mean, blocksize=SCALE_BLOCK)
+    values: NDArray[Any] = (functional.dequantize_blockwise(codes, state) + mean).numpy()
+    return values
 
 
 def int8_rows(weight: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from vrscope.errors import UnknownNameError
-from vrscope.quant import bnb, simulated
+from vrscope.quant import bnb, roundtrip, simulated
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+    Singles = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,11 @@ class ScaleScope:
     size: int | None = None
     nested: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether every scale depends on the whole tensor."""
+        return self.kind == "tensor" or self.nested
+
     def feels(self, row_factors: NDArray[Any], column_factors: NDArray[Any]) -> bool:
         """Return whether `w[i, j] * row_factors[i] * column_factors[j]` can be rounded differently from w.
 
@@ -53,7 +61,7 @@ class ScaleScope:
         import numpy as np
 
         rows_vary, columns_vary = np.ptp(row_factors) != 0, np.ptp(column_factors) != 0
-        if self.kind == "tensor" or self.nested:
+        if self.whole:
             return bool(rows_vary or columns_vary)
         if self.kind == "row":
             return bool(columns_vary)
@@ -88,6 +96,11 @@ class Format:
         Whether the layer's inputs are quantized as well, so that a model must run the real layer.
     roundtrip
         Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape.
+    values
+        The same for numpy arrays, by compiled loops; None if there are none.
+    reference
+        The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
+        what this gives. None if `roundtrip` is that.
     """
 
     name: str
@@ -97,6 +110,27 @@ class Format:
     scope: ScaleScope
     activations: bool
     roundtrip: Callable[[Tensor], Tensor]
+    values: Callable[[Singles], Singles] | None = None
+    reference: Callable[[Tensor], Tensor] | None = None
+
+    def of_array(self, weight: Singles) -> Singles:
+        """Return the round trip of a contiguous float32 array `(out, in)`, as a new one."""
+        if self.values is not None:
+            return self.values(weight)
+        import torch
+
+        dequantized: Singles = self.roundtrip(torch.from_numpy(weight)).numpy()
+        return dequantized
+
+    def by_engine(self, weight: Tensor) -> Tensor:
+        """Return the round trip of a float32 tensor `(out, in)` by the engine that the format names."""
+        return (self.reference or self.roundtrip)(weight)
+
+
+def _looped(values: Callable[[Singles], Singles], reference: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return the three functions of a format that has compiled loops and a reference."""
+    tensors = partial(roundtrip.through, values=values, reference=reference)
+    return {"roundtrip": tensors, "values": values, "reference": reference}
 
 
 def _int4(group: int | None) -> Format:
@@ -109,7 +143,7 @@ def _int4(group: int | None) -> Format:
         "simulated",
         ScaleScope("group", group) if group else ScaleScope("row"),
         activations=False,
-        roundtrip=partial(simulated.int4_per_group, group=group),
+        **_looped(partial(roundtrip.int4, group=group), partial(simulated.int4_per_group, group=group)),
     )
 
 
@@ -121,7 +155,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("row"),
         activations=True,
-        roundtrip=bnb.int8_rows,
+        **_looped(roundtrip.llm_int8, bnb.int8_rows),
     ),
     Format(
         "int8-row",
@@ -130,7 +164,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("row"),
         activations=False,
-        roundtrip=simulated.int8_per_row,
+        **_looped(roundtrip.int8_rows, simulated.int8_per_row),
     ),
     Format(
         "int8-tensor",
@@ -139,7 +173,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("tensor"),
         activations=False,
-        roundtrip=simulated.int8_per_tensor,
+        **_looped(roundtrip.int8_tensor, simulated.int8_per_tensor),
     ),
     Format(
         "nf4",
@@ -148,7 +182,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        roundtrip=partial(bnb.four_bit, kind="nf4"),
+        **_looped(partial(roundtrip.four_bit, kind="nf4"), partial(bnb.four_bit, kind="nf4")),
     ),
     Format(
         "nf4-dq",
@@ -157,7 +191,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK, nested=True),
         activations=False,
-        roundtrip=partial(bnb.four_bit, kind="nf4", nested=True),
+        **_looped(partial(roundtrip.four_bit, kind="nf4", nested=True), partial(bnb.four_bit, kind="nf4", nested=True)),
     ),
     Format(
         "fp4",
@@ -166,7 +200,7 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        roundtrip=partial(bnb.four_bit, kind="fp4"),
+        **_looped(partial(roundtrip.four_bit, kind="fp4"), partial(bnb.four_bit, kind="fp4")),
     ),
     _int4(32),
     _int4(64),

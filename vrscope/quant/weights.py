@@ -1,25 +1,35 @@
-"""What quantization does to each weight by itself: signal-to-noise ratio, relative error, largest error."""
+"""What quantization does to each weight by itself: signal-to-noise ratio, relative error, largest error.
+
+`WeightErrors` adds this up over row blocks, alone (`weight_error`) or beside another pass over the same checkpoint.
+Weights are converted to float32 and oriented `(out, in)` first; each expert of a stacked tensor is quantized by itself
+and the errors are pooled. Sums are taken in float64.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from vrscope.arch.roles import LINEAR, TensorRole
-from vrscope.checkpoint.source import Checkpoint, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
+from vrscope.checkpoint.stream import Streaming, stream
+from vrscope.compiling import rehearse
 from vrscope.executors import Executor, default_executor
 from vrscope.progress import Progress, silent
-from vrscope.quant.formats import Format, ScaleScope
+from vrscope.quant.formats import Format
 from vrscope.tables import Column
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
-    from torch import Tensor
+    from numpy.typing import NDArray
 
-SLAB_ELEMENTS = 1 << 20  # of this size a slab and its float64 error stay in the cache of most machines
+SLAB_ELEMENTS = 1 << 17  # a slab and its dequantized self stay in the second-level cache of most machines
+BLOCK_BYTES = 4 << 20
 
 WEIGHT_ERROR_COLUMNS: tuple[Column, ...] = (
     Column("tensor", "", "Name of the tensor in the checkpoint."),
@@ -42,9 +52,9 @@ def weight_error(
 ) -> pd.DataFrame:
     """Return the table "weight_error": one row per linear weight and format, columns `WEIGHT_ERROR_COLUMNS`.
 
-    Weights are converted to float32 and oriented `(out, in)` first; each expert of a stacked tensor is quantized by
-    itself and the errors are pooled. Sums are accumulated in float64. For every thread of `executor` at most one tensor
-    and a few float32 copies of one of its matrices are held in memory. While it runs, torch uses one thread per tensor.
+    Memory holds a few row blocks per thread of `executor`; whole tensors if a format's scales depend on all of a weight
+    or the weight is stored transposed. The result is the same for any number of threads. While it runs, torch uses one
+    thread per block.
 
     Parameters
     ----------
@@ -60,45 +70,94 @@ def weight_error(
     CheckpointError
         If the checkpoint cannot be read any more.
     """
-    import pandas as pd
-
-    chosen = [info for info in checkpoint.tensors.values() if _is_linear(info, roles)]
-    total = sum(info.size_bytes for info in chosen)
-    rows: list[dict[str, object]] = []
-    done = 0
-
-    def measure(info: TensorInfo) -> list[dict[str, object]]:
-        return _rows(checkpoint, roles[info.name], formats)
-
-    with _one_thread_each():
-        for info, part in zip(chosen, (executor or default_executor()).map(measure, chosen), strict=True):
-            rows.extend(part)
-            done += info.size_bytes
-            progress("weight error", done, total, "bytes")
-    frame = pd.DataFrame(rows, columns=[column.name for column in WEIGHT_ERROR_COLUMNS])
-    return frame.astype({"layer": "Int64"})
+    errors = WeightErrors(checkpoint, roles, formats)
+    errors.rehearse(progress)
+    how = Streaming(executor or default_executor(), progress, "weight error", BLOCK_BYTES, errors.unit)
+    with one_thread_each(errors.formats):
+        for name, parts in stream(checkpoint, errors.names, errors.visit, how):
+            for part in parts:
+                errors.collect(checkpoint.tensors[name], part)
+    return errors.table()
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Running sums over the elements of a tensor."""
+class WeightErrors:
+    """Adds up the errors of some formats over the row blocks of a checkpoint's linear weights.
 
-    signal: float = 0.0
-    error: float = 0.0
-    largest: float = 0.0
+    A `Companion`: what `visit` returns for each block is merged by `collect` in the stored order.
+    """
 
-    def add(self, weight: Tensor, dequantized: Tensor) -> None:
-        difference = (dequantized - weight).double()
-        self.signal += float(weight.double().square_().sum())
-        self.largest = _larger(self.largest, float(difference.abs().max()))
-        self.error += float(difference.square_().sum())
+    def __init__(self, checkpoint: Checkpoint, roles: Mapping[str, TensorRole], formats: Sequence[Format]) -> None:
+        self.names = [info.name for info in checkpoint.tensors.values() if _is_linear(info, roles)]
+        self._roles = {name: roles[name] for name in self.names}
+        self.formats = tuple(formats)
+        self._sums: dict[str, NDArray[np.float64]] = {}
 
-    def figures(self) -> dict[str, float]:
-        if self.error == 0:
-            return {"sqnr_db": math.inf, "relative_error": 0.0, "max_error": self.largest}
-        ratio = self.error / self.signal if self.signal else math.inf
-        sqnr = -10 * math.log10(ratio) if ratio else math.inf
-        return {"sqnr_db": sqnr, "relative_error": math.sqrt(ratio), "max_error": self.largest}
+    def rehearse(self, progress: Progress) -> None:
+        """Compile the loops of the formats if this machine has not done it yet."""
+        import numpy as np
+
+        from vrscope.quant import kernels
+
+        weight = np.zeros((2, 64), np.float32)
+        steps = [
+            partial(_add_slab, weight, self.formats, [number], _no_sums(len(self.formats)))
+            for number in range(len(self.formats))
+        ]
+        rehearse(kernels.add_errors, steps, progress)
+
+    def unit(self, info: TensorInfo) -> int:
+        """Return how many stored rows must stay together: those that share a scale, or are parts of one matrix."""
+        role = self._roles.get(info.name)
+        if role is None or not self.formats or not {"out", "in"} & set(role.dims[:1]):
+            return 1  # not measured, or each row of a stack holds whole matrices
+        if role.dims != ("out", "in") or any(entry.scope.whole for entry in self.formats):
+            return info.rows
+        return _unit(info.columns, self.formats)
+
+    def visit(self, info: TensorInfo, block: StoredBlock) -> NDArray[np.float64] | None:
+        """Return the sums over one block, shape `(formats, 3)`; None for tensors that are not measured."""
+        if info.name not in self._roles:
+            return None
+        sums = _no_sums(len(self.formats))
+        stored = block.bits.reshape(-1, *info.shape[1:])
+        for matrix in matrices(stored, self._roles[info.name].dims):
+            _add(matrix, partial(_singles, info), self.formats, sums)
+        return sums
+
+    def collect(self, info: TensorInfo, part: NDArray[np.float64] | None) -> None:
+        """Merge the sums of the next block of a tensor."""
+        if part is not None:
+            held = self._sums.setdefault(info.name, _no_sums(len(self.formats)))
+            held[:, :2] += part[:, :2]
+            for mine, theirs in zip(held, part, strict=True):
+                mine[2] = _larger(mine[2], theirs[2])
+
+    def table(self) -> pd.DataFrame:
+        """Return the table "weight_error" of all that was collected."""
+        import pandas as pd
+
+        rows = [
+            {"tensor": name, "role": role.role, "layer": role.layer, "format": entry.name, **_figures(*sums)}
+            for name, role in self._roles.items()
+            for entry, sums in zip(self.formats, self._sums[name].tolist(), strict=True)
+        ]
+        frame = pd.DataFrame(rows, columns=[column.name for column in WEIGHT_ERROR_COLUMNS])
+        return frame.astype({"layer": "Int64"})
+
+
+def _no_sums(formats: int) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.zeros((formats, 3))
+
+
+def _figures(signal: float, error: float, largest: float) -> dict[str, float]:
+    """Return the columns that sums of squares of weights and errors, and the largest error, make."""
+    if error == 0:
+        return {"sqnr_db": math.inf, "relative_error": 0.0, "max_error": largest}
+    ratio = error / signal if signal else math.inf
+    sqnr = -10 * math.log10(ratio) if ratio else math.inf
+    return {"sqnr_db": sqnr, "relative_error": math.sqrt(ratio), "max_error": largest}
 
 
 def _larger(first: float, second: float) -> float:
@@ -111,22 +170,7 @@ def _is_linear(info: TensorInfo, roles: Mapping[str, TensorRole]) -> bool:
     return role is not None and role.kind == LINEAR and info.is_float and info.numel > 0 and len(info.shape) >= 2
 
 
-def _rows(checkpoint: Checkpoint, role: TensorRole, formats: Sequence[Format]) -> list[dict[str, object]]:
-    """Return the rows of one tensor, one per format."""
-    stored = checkpoint.read(role.tensor)
-    sums = [_Sums() for _ in formats]
-    for matrix in matrices(stored, role.dims):
-        for entry, running in zip(formats, sums, strict=True):
-            for slab in _slabs(matrix, entry.scope):
-                weight = slab.float().contiguous()
-                running.add(weight, entry.roundtrip(weight))
-    return [
-        {"tensor": role.tensor, "role": role.role, "layer": role.layer, "format": entry.name, **running.figures()}
-        for entry, running in zip(formats, sums, strict=True)
-    ]
-
-
-def matrices(stored: Tensor, dims: Sequence[str]) -> Iterator[Tensor]:
+def matrices(stored: NDArray[Any], dims: Sequence[str]) -> Iterator[NDArray[Any]]:
     """Yield the `(out, in)` matrices of a stored tensor, as views: one, or one per expert.
 
     Parameters
@@ -139,26 +183,69 @@ def matrices(stored: Tensor, dims: Sequence[str]) -> Iterator[Tensor]:
     import numpy as np
 
     other = [position for position, kind in enumerate(dims) if kind not in {"out", "in"}]
-    ordered = stored.permute(*other, dims.index("out"), dims.index("in"))
+    ordered = stored.transpose(*other, dims.index("out"), dims.index("in"))
     for index in np.ndindex(*ordered.shape[:-2]):
         yield ordered[index]
 
 
-def _slabs(matrix: Tensor, scope: ScaleScope) -> Iterator[Tensor]:
-    """Cut a matrix into runs of rows that no scale crosses; the whole matrix if every scale depends on all of it."""
+def _singles(info: TensorInfo, bits: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the float32 values of some stored bits of a tensor, contiguous, shape as that of `bits`."""
+    import numpy as np
+
+    held = np.ascontiguousarray(bits)
+    if info.dtype == "BF16":  # the upper half of a float32
+        wide = held.astype(np.uint32)
+        wide <<= np.uint32(16)
+        return wide.view(np.float32)
+    if info.dtype == "F32":
+        return held.view(np.float32)
+    values: NDArray[np.float32] = StoredBlock(0, held, 0, info).values.float().numpy()
+    return values
+
+
+def _add(
+    matrix: NDArray[Any],
+    decoded: Callable[[NDArray[Any]], NDArray[np.float32]],
+    formats: Sequence[Format],
+    sums: NDArray[np.float64],
+) -> None:
+    """Add the errors of a matrix `(out, in)` to `sums`: slab by slab, or at once where scales depend on all of it."""
     rows, columns = matrix.shape
-    if scope.kind == "tensor" or scope.nested:
-        yield matrix
-        return
-    unit = (scope.size or 1) // math.gcd(scope.size or 1, columns) if scope.kind == "block" else 1
+    sliced = [number for number, entry in enumerate(formats) if not entry.scope.whole]
+    unit = _unit(columns, formats)
     step = max(unit, SLAB_ELEMENTS // columns // unit * unit)
-    for first in range(0, rows, step):
-        yield matrix[first : first + step]
+    for first in range(0, rows if sliced else 0, step):
+        _add_slab(decoded(matrix[first : first + step]), formats, sliced, sums)
+    whole = [number for number, entry in enumerate(formats) if entry.scope.whole]
+    if whole:
+        _add_slab(decoded(matrix), formats, whole, sums)
+
+
+def _add_slab(
+    weight: NDArray[np.float32], formats: Sequence[Format], which: Sequence[int], sums: NDArray[np.float64]
+) -> None:
+    from vrscope.quant import kernels
+
+    for number in which:
+        kernels.add_errors(weight.reshape(-1), formats[number].of_array(weight).reshape(-1), sums[number])
+
+
+def _unit(columns: int, formats: Sequence[Format]) -> int:
+    """Return how many rows of a matrix end where a block of every format ends."""
+    sizes = [entry.scope.size or 1 for entry in formats if entry.scope.kind == "block"]
+    return math.lcm(*(size // math.gcd(size, columns) for size in sizes))
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep torch from starting threads of its own inside the executor's; both at once are slower than either."""
+def one_thread_each(formats: Sequence[Format]) -> Iterator[None]:
+    """Keep torch from starting threads of its own inside the executor's; both at once are slower than either.
+
+    Without effect on formats that do not need torch, so that it is not imported for them.
+    """
+    with_torch = any(entry.values is None or entry.activations or entry.scope.nested for entry in formats)
+    if not with_torch and "torch" not in sys.modules:
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()

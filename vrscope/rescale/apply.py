@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vrscope.arch.binding import Binding
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.writer import rewrite
 from vrscope.progress import Progress
 from vrscope.rescale.plan import PLAN_FILE, RescalePlan
-from vrscope.rescale.scaling import check_plan, require_finite, scale_block, tensor_scales
+from vrscope.rescale.scaling import check_plan, require_finite, scaled_bits, tensor_scales
 from vrscope.rescale.verify import prove
 from vrscope.tables import write_text
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def apply_plan(
@@ -50,10 +51,10 @@ def apply_plan(
     scales = tensor_scales(binding, plan)
     done = replace(plan, source=checkpoint.fingerprint())
 
-    def transform(info: TensorInfo, block: RowBlock) -> torch.Tensor:
+    def transform(info: TensorInfo, block: StoredBlock) -> NDArray[np.unsignedinteger]:
         require_finite(info, block)
         scale = scales.get(info.name)
-        return block.values if scale is None else scale_block(info, block, scale)
+        return block.bits if scale is None else scaled_bits(info, block, scale)
 
     def proof(copy: Checkpoint) -> None:
         nonlocal done

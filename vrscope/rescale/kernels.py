@@ -9,28 +9,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-
-def _compiled(function: Any) -> Any:
-    """Return `function` compiled, cached on disk where a folder can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
+from vrscope.compiling import compiled
 
 
-@_compiled
+def _summing(function: Any) -> Any:
+    """Return `function` compiled so that sums of finite values may be reordered to use vector units."""
+    return compiled(function, fastmath={"reassoc", "contract", "nsz", "nnan"})
+
+
+@compiled
 def shift_exponents(
     bits: NDArray[np.unsignedinteger],
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
+    rows: NDArray[np.signedinteger],
+    columns: NDArray[np.signedinteger],
     mantissa_bits: int,
     magnitude_mask: int,
     largest_exponent: int,
-) -> int:
+) -> Any:
     """Add `rows[i] + columns[j]` to the exponent of every element of `bits` in place; return how many it could not.
 
     Parameters
@@ -38,7 +36,7 @@ def shift_exponents(
     bits
         Stored bits, shape `(rows, columns)`; changed in place.
     rows, columns
-        Exponents, shapes `(rows,)` and `(columns,)`.
+        Exponents, shapes `(rows,)` and `(columns,)`; int64 for types of 64 bits, else int32 or int64.
     mantissa_bits
         Mantissa bits of the type.
     magnitude_mask
@@ -46,29 +44,58 @@ def shift_exponents(
     largest_exponent
         Largest exponent field of its normal numbers.
     """
-    kind = bits.dtype.type
-    mantissa = np.uint64((1 << mantissa_bits) - 1)
-    magnitude = np.uint64(magnitude_mask)
-    shift = np.uint64(mantissa_bits)
-    failed = 0
+    kind, lane = bits.dtype.type, columns.dtype.type
+    mantissa, magnitude, largest = lane(mantissa_bits), lane(magnitude_mask), lane(largest_exponent)
+    failed: Any = 0
     for i in range(bits.shape[0]):
-        row = rows[i]
-        for j in range(bits.shape[1]):
-            value = np.uint64(bits[i, j])
-            move = row + columns[j]
-            absolute = value & magnitude
-            if move == 0 or absolute == np.uint64(0):
-                continue
-            field = np.int64(absolute >> shift)
-            target = field + move
-            if field == 0 or target < 1 or target > largest_exponent:
-                failed += 1
-            else:
-                bits[i, j] = kind((value & ~magnitude) | (value & mantissa) | (np.uint64(target) << shift))
+        values = bits[i]
+        row = lane(rows[i])
+        lost = lane(0)
+        for j in range(values.size):
+            move = lane(row + columns[j])
+            absolute = lane(lane(values[j]) & magnitude)
+            field = lane(absolute >> mantissa)
+            target = lane(field + move)
+            touched = (move != 0) & (absolute != 0)
+            bad = touched & ((field == 0) | (target < 1) | (target > largest))
+            lost = lane(lost + lane(bad))
+            step = lane(move << mantissa) if touched & ~bad else lane(0)
+            values[j] = kind(lane(values[j]) + step)
+        failed += lost
     return failed
 
 
-@_compiled
+@compiled
+def largest_pattern(bits: NDArray[np.unsignedinteger]) -> Any:
+    """Return the largest of stored bits (shape `(n,)`) without their sign, 0 if there are none.
+
+    Above the pattern of the largest finite magnitude are infinity and NaN.
+    """
+    kind = bits.dtype.type
+    mask = kind((np.uint64(1) << np.uint64(8 * bits.itemsize - 1)) - np.uint64(1))
+    top = kind(0)
+    for i in range(bits.size):
+        top = kind(max(top, kind(bits[i] & mask)))
+    return top
+
+
+@_summing
+def _add_columns(values: NDArray[np.floating], columns: NDArray[np.float64]) -> None:
+    """Add up to four rows of values to the sums of their columns; together, because each sum is then stored once."""
+    total, absolute, square, largest = columns[0], columns[1], columns[2], columns[3]
+    last = values.shape[0] - 1
+    a, b, c, d = values[0], values[min(1, last)], values[min(2, last)], values[min(3, last)]
+    use_b, use_c, use_d = np.float64(last >= 1), np.float64(last >= 2), np.float64(last >= 3)
+    for j in range(total.size):
+        w, x = np.float64(a[j]), np.float64(b[j]) * use_b
+        y, z = np.float64(c[j]) * use_c, np.float64(d[j]) * use_d
+        total[j] += (w + x) + (y + z)
+        absolute[j] += (abs(w) + abs(x)) + (abs(y) + abs(z))
+        square[j] += (w * w + x * x) + (y * y + z * z)
+        largest[j] = max(max(max(abs(w), abs(x)), max(abs(y), abs(z))), largest[j])
+
+
+@_summing
 def add_sums(values: NDArray[np.floating], rows: NDArray[np.float64], columns: NDArray[np.float64]) -> float:
     """Add the sums of a block to those of its rows and columns, and return its smallest magnitude that is not zero.
 
@@ -81,23 +108,20 @@ def add_sums(values: NDArray[np.floating], rows: NDArray[np.float64], columns: N
     """
     smallest = np.inf
     for i in range(values.shape[0]):
+        line = values[i]
         total = absolute = square = largest = 0.0
-        for j in range(values.shape[1]):
-            value = np.float64(values[i, j])
+        for j in range(line.size):
+            value = np.float64(line[j])
             magnitude = abs(value)
-            squared = value * value
             total += value
             absolute += magnitude
-            square += squared
+            square += value * value
             largest = max(largest, magnitude)
-            columns[0, j] += value
-            columns[1, j] += magnitude
-            columns[2, j] += squared
-            columns[3, j] = max(columns[3, j], magnitude)
-            if magnitude < smallest and magnitude > 0.0:
-                smallest = magnitude
+            smallest = min(smallest, magnitude if magnitude > 0.0 else np.inf)
         rows[0, i] += total
         rows[1, i] += absolute
         rows[2, i] += square
         rows[3, i] = max(rows[3, i], largest)
+    for i in range(0, values.shape[0], 4):
+        _add_columns(values[i : i + 4], columns)
     return smallest

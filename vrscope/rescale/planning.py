@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import by_tensor
-from vrscope.checkpoint.source import Checkpoint
+from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
 from vrscope.errors import PlanError
 from vrscope.executors import Executor
 from vrscope.progress import Progress
 from vrscope.rescale.methods import METHODS, Method, MethodOptions, Situation, get_method, reach_of, target_std
 from vrscope.rescale.plan import POW2, RescalePlan
 from vrscope.rescale.profile import Profile, profile_weights
-from vrscope.rescale.scaling import out_of_range, tensor_scales, window_of
+from vrscope.rescale.scaling import TensorScale, out_of_range, tensor_scales, window_of
+from vrscope.stats.encoding import encoding
 
 RAW_THRESHOLD = 1.2  # std / target above which the reference rescales
 
@@ -129,8 +130,6 @@ def _harmful(
     checkpoint: Checkpoint, binding: Binding, plan: RescalePlan, profile: Profile
 ) -> Mapping[str, NDArray[np.int64]]:
     """Return for each space the scales that, together with others, push a weight out of the range of its type."""
-    import torch
-
     found: dict[str, list[NDArray[np.int64]]] = {}
     uses = by_tensor(binding.spaces)
     for tensor, scale in tensor_scales(binding, plan).items():
@@ -138,10 +137,7 @@ def _harmful(
         if _surely_in_range(profile, tensor, scale.exponents):
             continue
         for block in checkpoint.row_blocks(tensor):
-            work = block.values.to(torch.float64)
-            for window in scale.window(info, block):
-                work = work * torch.from_numpy(np.ldexp(1.0, window))
-            bad = out_of_range(block.values, work, work.to(block.values.dtype)).numpy()
+            bad = _lost(info, block, scale)
             if not bad.any():
                 continue
             for space, term in uses[tensor]:
@@ -156,14 +152,21 @@ def _harmful(
     return {name: np.unique(np.concatenate(ids)) for name, ids in found.items()}
 
 
-def _surely_in_range(profile: Profile, tensor: str, exponents: tuple[NDArray[np.int64], ...]) -> bool:
-    """Whether the extremes of a tensor stay in range even if the extremes of all its scales met in one element."""
+def _lost(info: TensorInfo, block: RowBlock, scale: TensorScale) -> NDArray[np.bool_]:
+    """Return a mask of the elements of a block that its scales push out of range."""
     import torch
 
-    from vrscope.checkpoint.layout import torch_dtype
+    work = block.values.to(torch.float64)
+    for window in scale.window(info, block):
+        work = work * torch.from_numpy(np.ldexp(1.0, window))
+    lost: NDArray[np.bool_] = out_of_range(block.values, work, work.to(block.values.dtype)).numpy()
+    return lost
 
-    limits = torch.finfo(torch_dtype(profile.infos[tensor]))
+
+def _surely_in_range(profile: Profile, tensor: str, exponents: tuple[NDArray[np.int64], ...]) -> bool:
+    """Whether the extremes of a tensor stay in range even if the extremes of all its scales met in one element."""
+    code = encoding(profile.infos[tensor].dtype)
     low = sum(int(array.min(initial=0)) for array in exponents)
     high = sum(int(array.max(initial=0)) for array in exponents)
     top, bottom = np.ldexp(profile.largest(tensor), high), np.ldexp(profile.smallest[tensor], low)
-    return bool(top <= limits.max and bottom >= limits.smallest_normal)
+    return bool(top <= code.largest and bottom >= code.smallest_normal)

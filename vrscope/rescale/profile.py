@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import Space, Term
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.executors import Executor
 from vrscope.progress import Progress
-from vrscope.rescale.scaling import TensorScale, require_finite, scale_block
+from vrscope.rescale.scaling import TensorScale, require_finite, scaled_bits
+from vrscope.stats.encoding import encoding
 
 if TYPE_CHECKING:
     import torch
@@ -135,9 +136,9 @@ def _slice(
 ) -> tuple[dict[Dims, Slices], float]:
     sums = {dims: np.zeros((4, *_reduced(info, dims))) for dims in wanted}
     least = np.inf
-    for block in checkpoint.row_blocks(info.name, PROFILE_BYTES):
+    for block in map(checkpoint.read_stored, checkpoint.block_places(info.name, PROFILE_BYTES)):
         require_finite(info, block)
-        stored = block if scale is None else replace(block, values=scale_block(info, block, scale))
+        stored = block if scale is None else replace(block, bits=scaled_bits(info, block, scale))
         least = min(least, (_add_matrix if len(info.shape) <= 2 else _add_tensor)(info, stored, sums))
     found = {}
     for dims, arrays in sums.items():
@@ -150,14 +151,11 @@ def _reduced(info: TensorInfo, dims: Dims) -> list[int]:
     return [size if dim in dims else 1 for dim, size in enumerate(info.shape)]
 
 
-def _add_matrix(info: TensorInfo, block: RowBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
+def _add_matrix(info: TensorInfo, block: StoredBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
     """Add a block of a matrix or vector to its sums, and return its smallest nonzero magnitude."""
-    import torch
-
     from vrscope.rescale.kernels import add_sums
 
-    wide = torch.float64 if block.values.dtype == torch.float64 else torch.float32
-    values = block.values.to(wide).numpy()
+    values = encoding(info.dtype).floats(block.bits)
     rows, columns = np.zeros((4, values.shape[0])), np.zeros((4, values.shape[1]))
     least = float(add_sums(values, rows, columns))
     for dims, arrays in sums.items():
@@ -179,7 +177,7 @@ def _pool(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.append(rows[:3].sum(axis=1), rows[3].max(initial=0.0))
 
 
-def _add_tensor(info: TensorInfo, block: RowBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
+def _add_tensor(info: TensorInfo, block: StoredBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
     """Add a block of a tensor of three or more dimensions to its sums, and return its smallest nonzero magnitude."""
     import torch
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
 from vrscope.arch.spaces import Space, by_tensor
-from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.checkpoint.source import RowBlock, StoredBlock, TensorInfo
 from vrscope.errors import CheckpointError, PlanError
 from vrscope.rescale.plan import POW2, RescalePlan
 
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     import torch
 
 
+# Pattern of the largest finite magnitude.
+_LARGEST_FINITE = {
+    "F64": 0x7FEF_FFFF_FFFF_FFFF,
+    "F32": 0x7F7F_FFFF,
+    "F16": 0x7BFF,
+    "BF16": 0x7F7F,
+    "F8_E4M3": 0x7E,
+    "F8_E5M2": 0x7B,
+}
 # Bits of a value and of its mantissa. F8_E4M3 has finite values in its top exponent field; those are multiplied.
 _BITS = {"F64": (64, 52), "F32": (32, 23), "F16": (16, 10), "BF16": (16, 7), "F8_E4M3": (8, 3), "F8_E5M2": (8, 2)}
 
@@ -48,14 +57,14 @@ class TensorScale:
     one_plus: bool = False
     affine: tuple[float, float] | None = None
 
-    def window(self, info: TensorInfo, block: RowBlock) -> list[NDArray[Any]]:
+    def window(self, info: TensorInfo, block: RowBlock | StoredBlock) -> list[NDArray[Any]]:
         """Return the arrays of `exponents` or `factors` cut to a block and shaped to broadcast against it."""
         return [window_of(array, info, block) for array in (*self.exponents, *self.factors)]
 
 
-def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock) -> NDArray[Any]:
+def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock | StoredBlock) -> NDArray[Any]:
     """Return an array that broadcasts against a tensor, cut to a block and shaped to broadcast against it."""
-    rows, columns = block.values.shape
+    rows, columns = block.shape
     if len(info.shape) <= 1:
         flat = array.reshape(1, -1)
         return flat if flat.shape[1] == 1 else flat[:, block.first_column : block.first_column + columns]
@@ -110,7 +119,7 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
     return scales
 
 
-def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor:
+def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor:
     """Return the scaled values of a block, in the stored dtype and shape.
 
     Raises
@@ -123,7 +132,9 @@ def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.
     values = block.values
     if scale.exponents:
         shifted = _shift(info, block, scale)
-        return _multiply(info, block, scale) if shifted is None else shifted
+        if shifted is None:
+            return _multiply(info, block, scale)
+        return StoredBlock(block.first_row, shifted, block.first_column, info).values
     wide = values.to(torch.float64)
     if scale.affine is not None:
         wide = wide * scale.affine[0] + scale.affine[1]
@@ -139,31 +150,58 @@ def scale_block(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.
     return stored
 
 
-def _shift(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor | None:
-    """Return the block with its exponent bits shifted, or None where bits alone cannot do it (subnormals, limits)."""
-    import torch
+def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger] | None:
+    """Return the stored bits of a block with its exponents moved, shape `(rows, columns)`.
 
+    None where bits alone cannot do it: other scales than powers of two, subnormal numbers, limits of the type.
+    """
     from vrscope.rescale.kernels import shift_exponents
 
-    rows, columns = (np.zeros(size, np.int64) for size in block.values.shape)
+    if not scale.exponents:
+        return None
+    width, mantissa = _BITS[info.dtype]
+    lane: Any = np.int64 if width == 64 else np.int32  # the narrower, the more elements the loop takes at a time
+    rows, columns = (np.zeros(size, lane) for size in block.shape)
     for window in scale.window(info, block):
         if window.shape[1] == 1:
-            rows += window[:, 0]
+            rows += window[:, 0].astype(lane)
         elif window.shape[0] == 1:
-            columns += window[0]
+            columns += window[0].astype(lane)
         else:
             return None
-    width, mantissa = _BITS[info.dtype]
-    signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
-    values = block.values.contiguous().clone()
-    bits = values.view(signed).numpy().view(f"uint{width}")
+    bits = _bits(block).copy()
     magnitude = (1 << (width - 1)) - 1
     largest = (magnitude >> mantissa) - 1  # the field above it is infinity and NaN
     failed = shift_exponents(bits, rows, columns, mantissa, magnitude, largest)
-    return None if failed else values
+    return None if failed else bits
 
 
-def _multiply(info: TensorInfo, block: RowBlock, scale: TensorScale) -> torch.Tensor:
+def scaled_bits(info: TensorInfo, block: StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger]:
+    """Return the stored bits of the scaled values of a block, shape `(rows, columns)`.
+
+    Raises
+    ------
+    PlanError
+        As `scale_block`.
+    """
+    shifted = _shift(info, block, scale)
+    return _bits(RowBlock(0, scale_block(info, block, scale))) if shifted is None else shifted
+
+
+def _bits(block: RowBlock | StoredBlock) -> NDArray[np.unsignedinteger]:
+    """Return the stored bits of a float block, shape `(rows, columns)`."""
+    if isinstance(block, StoredBlock):
+        return block.bits
+    import torch
+
+    values = block.values.contiguous()
+    width = 8 * values.dtype.itemsize
+    signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
+    bits: NDArray[np.unsignedinteger] = values.view(signed).numpy().view(f"uint{width}")
+    return bits
+
+
+def _multiply(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor:
     """Return the block multiplied in a wider type and stored again; refuse if that lost anything."""
     import torch
 
@@ -191,7 +229,7 @@ def out_of_range(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor
     return lost | newly
 
 
-def require_finite(info: TensorInfo, block: RowBlock) -> None:
+def require_finite(info: TensorInfo, block: RowBlock | StoredBlock) -> None:
     """Refuse a block with NaN or infinity: no scale can be chosen for it or proved on it.
 
     Raises
@@ -199,14 +237,9 @@ def require_finite(info: TensorInfo, block: RowBlock) -> None:
     CheckpointError
         If an element is not finite.
     """
-    import torch
+    from vrscope.rescale.kernels import largest_pattern
 
-    if not info.is_float:
-        return
-    values = block.values
-    wide = values if values.dtype in {torch.float32, torch.float64, torch.bfloat16, torch.float16} else values.float()
-    # x - x is 0 for finite x and NaN otherwise; the sum tells in one pass
-    if not bool(torch.isfinite(wide).all()):
+    if info.is_float and largest_pattern(_bits(block).reshape(-1)) > _LARGEST_FINITE[info.dtype]:
         message = (
             f"{info.name} ({info.shard}): has NaN or infinite weights, so it is not rescaled. "
             "`vrscope analyze --weights-only` counts them."

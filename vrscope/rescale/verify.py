@@ -1,24 +1,37 @@
 """The proof that one checkpoint is another one rescaled, from the weights alone.
 
-For powers of two it is independent of how the copy was written: every element of B must equal the element of A with
-the recorded exponent added (`ldexp` in float64, which is exact for every stored type), compared by value and sign.
+For powers of two it is independent of how the copy was written: every element of B must equal the element of A times
+the recorded power of two, compared exactly by sign, mantissa and exponent (`proof_kernels`).
 Free scales and raw TVR are computed again by the code that wrote them. Names, shapes, dtypes and the configuration must
 be the same, and the exponents must belong to spaces that were derived again from A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
 from vrscope.errors import VerificationError
+from vrscope.executors import default_executor
 from vrscope.progress import Progress
 from vrscope.rescale.plan import RescalePlan
 from vrscope.rescale.scaling import TensorScale, scale_block, tensor_scales
+
+_BLOCK_BYTES = 4 << 20
+# Bits of a value, bits of its mantissa, pattern of the largest finite magnitude.
+_LAYOUTS = {
+    "F64": (64, 52, 0x7FEF_FFFF_FFFF_FFFF),
+    "F32": (32, 23, 0x7F7F_FFFF),
+    "F16": (16, 10, 0x7BFF),
+    "BF16": (16, 7, 0x7F7F),
+    "F8_E4M3": (8, 3, 0x7E),
+    "F8_E5M2": (8, 2, 0x7B),
+}
 
 
 def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, progress: Progress) -> int:
@@ -38,12 +51,16 @@ def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, pro
     scales = tensor_scales(binding, plan)
     total = sum(info.size_bytes for info in a.tensors.values())
     done = compared = 0
-    for name, info in a.tensors.items():
-        scale = scales.get(name, TensorScale())
-        for ours, theirs in zip(a.row_blocks(name), b.row_blocks(name), strict=True):
-            _compare(info, ours, theirs, scale)
-            compared += ours.values.numel()
-        done += info.size_bytes
+
+    def work(place: BlockPlace) -> tuple[int, int]:
+        ours, theirs = a.read_stored(place), b.read_stored(place)
+        _compare(a.tensors[place.name], ours, theirs, scales.get(place.name, TensorScale()))
+        return ours.bits.size, ours.bits.nbytes
+
+    places = (place for name in a.tensors for place in a.block_places(name, _BLOCK_BYTES))
+    for count, size in default_executor().map(work, places):
+        compared += count
+        done += size
         progress("proving", done, total, "bytes")
     return compared
 
@@ -79,30 +96,44 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in {"transformers_version", "_name_or_path"}}
 
 
-def _compare(info: TensorInfo, ours: RowBlock, theirs: RowBlock, scale: TensorScale) -> None:
-    import torch
-
+def _compare(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, scale: TensorScale) -> None:
     if not info.is_float or (not scale.exponents and not scale.factors and scale.affine is None):
-        raw = (torch.uint8,)
-        if not torch.equal(ours.values.contiguous().view(*raw), theirs.values.contiguous().view(*raw)):
+        if not np.array_equal(ours.bits, theirs.bits):
             _fail(info, ours, theirs, "must be the same bytes, since no scale touches it")
         return
     if not scale.exponents:
-        expected = scale_block(info, ours, scale)
-        if not torch.equal(expected.contiguous().view(torch.uint8), theirs.values.contiguous().view(torch.uint8)):
+        import torch
+
+        expected = scale_block(info, ours, scale).contiguous().view(torch.uint8).numpy()
+        if not np.array_equal(expected, theirs.bits.view(np.uint8)):
             _fail(info, ours, theirs, "is not the recorded formula rounded once")
         return
-    exponent: Any = 0
-    for window in scale.window(info, ours):
-        exponent = exponent + window
-    before = ours.values.to(torch.float64).numpy()
-    after = theirs.values.to(torch.float64).numpy()
-    exact = np.ldexp(before, np.broadcast_to(exponent, before.shape).astype(np.int32))
-    if not np.array_equal(exact.view(np.int64), after.view(np.int64)):
+    from vrscope.rescale.proof_kernels import first_unequal
+
+    layout = _LAYOUTS[info.dtype]
+    rows, columns = _exponents(scale.window(info, ours), ours.shape, np.int64 if layout[0] == 64 else np.int32)
+    if first_unequal(ours.bits, theirs.bits, rows, columns, layout) >= 0:
+        import torch
+
+        exact = np.ldexp(ours.values.to(torch.float64).numpy(), rows[:, None] + columns)
         _fail(info, ours, theirs, "is not the original times the recorded powers of two", exact)
 
 
-def _fail(info: TensorInfo, ours: RowBlock, theirs: RowBlock, what: str, exact: Any = None) -> None:
+def _exponents(
+    windows: Sequence[NDArray[Any]], shape: tuple[int, ...], kind: type[np.signedinteger]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the exponents of a block by row, shape `(n,)`, and by column, `(1, m)` or, if need be, `(n, m)`."""
+    rows = np.zeros((shape[0], 1), kind)
+    columns = np.zeros((1, shape[1]), kind)
+    for window in windows:
+        if window.shape[1] == 1:
+            rows = rows + window.astype(kind)
+        else:
+            columns = columns + window.astype(kind)
+    return np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(columns)
+
+
+def _fail(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, what: str, exact: Any = None) -> None:
     import torch
 
     expected = ours.values.to(torch.float64).numpy() if exact is None else exact

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import torch
 
 # Safetensors name: bits of a value, bits dropped to make a bin, pattern of the largest finite magnitude.
 _LAYOUTS = {
@@ -25,6 +21,7 @@ _LAYOUTS = {
     "F8_E4M3": (8, 0, 0x7E),
     "F8_E5M2": (8, 0, 0x7B),
 }
+_MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +58,28 @@ class Encoding:
         return 1 << (self.width - self.shift)
 
     @property
+    def largest(self) -> float:
+        """Largest finite magnitude."""
+        return float(self.floats(np.array([self.limit], self.unsigned))[0])
+
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest magnitude with all its mantissa bits."""
+        return float(self.floats(np.array([1 << _MANTISSA_BITS[self.dtype]], self.unsigned))[0])
+
+    @property
     def unsigned(self) -> np.dtype[np.unsignedinteger]:
         """The numpy type of the stored bits."""
         return np.dtype(f"uint{self.width}")
-
-    def bits(self, values: torch.Tensor) -> NDArray[np.unsignedinteger]:
-        """Return the stored bits of a contiguous tensor of this type, same shape, no copy."""
-        import torch
-
-        signed = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[self.width]
-        bits: NDArray[np.unsignedinteger] = values.contiguous().view(signed).numpy().view(self.unsigned)
-        return bits
 
     def floats(self, bits: NDArray[np.unsignedinteger]) -> NDArray[np.floating]:
         """Return the values of stored bits, same shape: float64 for F64, else float32, which is exact."""
         if self.width >= 32:
             return bits.view(np.dtype(f"float{self.width}"))
+        if self.dtype == "BF16":  # the upper half of a float32
+            wide = bits.astype(np.uint32)
+            wide <<= np.uint32(16)
+            return wide.view(np.float32)
         table = _decoded(self.dtype)
         values: NDArray[np.float32] = table[bits]
         return values
@@ -101,17 +104,17 @@ def encoding(dtype: str) -> Encoding:
 
 @lru_cache
 def _decoded(dtype: str) -> NDArray[np.float32]:
-    """Return the value of every pattern of an 8- or 16-bit type, as torch decodes it."""
-    import torch
-
-    kinds = {
-        "F16": (torch.int16, torch.float16),
-        "BF16": (torch.int16, torch.bfloat16),
-        "F8_E4M3": (torch.int8, torch.float8_e4m3fn),
-        "F8_E5M2": (torch.int8, torch.float8_e5m2),
-    }
-    signed, kind = kinds[dtype]
-    width = 8 * kind.itemsize
-    patterns = torch.arange(1 << width, dtype=torch.int32).to(signed)
-    decoded: NDArray[np.float32] = patterns.view(kind).to(torch.float32).numpy()
-    return decoded
+    """Return the value of every pattern of an 8- or 16-bit type."""
+    patterns = np.arange(1 << _LAYOUTS[dtype][0], dtype=np.uint32)
+    if dtype == "BF16":
+        wide: NDArray[np.float32] = (patterns << np.uint32(16)).view(np.float32)
+        return wide
+    if dtype in {"F16", "F8_E5M2"}:  # the latter is the upper half of the former
+        shift = np.uint32(0 if dtype == "F16" else 8)
+        half: NDArray[np.float32] = (patterns << shift).astype(np.uint16).view(np.float16).astype(np.float32)
+        return half
+    field, fraction = (patterns >> np.uint32(3)) & np.uint32(15), patterns & np.uint32(7)
+    magnitude = np.where(field > 0, np.ldexp(8.0 + fraction, field.astype(np.int32) - 10), np.ldexp(fraction, -9))
+    magnitude[(patterns & np.uint32(0x7F)) == 0x7F] = np.nan  # the only pattern that is no number
+    values: NDArray[np.float32] = np.where(patterns < 128, magnitude, -magnitude).astype(np.float32)
+    return values

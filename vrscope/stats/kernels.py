@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from vrscope.compiling import compiled
 
 COUNT, MEAN, M2, M3, M4, EXPONENT, ABSMAX, ZEROS, NANS, INFS = range(10)
 MOMENT_FIELDS = 10
@@ -28,11 +29,7 @@ Floats = NDArray[np.float64]
 
 def _compiled(function: Function) -> Function:
     """Return `function` compiled; sums may be reordered to use vector units, NaN and infinity keep their meaning."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-    try:
-        return cast(Function, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder of this machine can be written: compile anew in every process
-        return cast(Function, numba.njit(**options)(function))
+    return compiled(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 @_compiled

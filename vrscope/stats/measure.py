@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vrscope.arch.roles import OTHER, TensorRole
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
+from vrscope.checkpoint.stream import SERIAL, Companion, Streaming, stream
+from vrscope.compiling import rehearse
 from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
+from vrscope.stats.device import summarize_block_on
 from vrscope.stats.matrix import MatrixView, matrix_view
 from vrscope.stats.spectrum import top_singular_value
 from vrscope.stats.statistics import SPECTRAL_STATISTICS, STATISTICS, Statistic
-from vrscope.stats.stream import SERIAL, Streaming, stream
-from vrscope.stats.summary import Accumulator, BlockPart, Summary, summarize_block
+from vrscope.stats.summary import Accumulator, BlockPart, Summary, rehearsal, summarize_block
 from vrscope.tables import Column
 
 if TYPE_CHECKING:
@@ -64,11 +67,14 @@ class StatOptions:
         Whether to add `top_singular_value` and `stable_rank`, which take tens of passes over each matrix.
     block_bytes
         Aimed size of a row block; results do not depend on it.
+    device
+        "cpu" for the compiled loops, else a device of torch, such as "cuda", where the same is computed.
     """
 
     target_std: float = 0.01
     spectrum: bool = False
     block_bytes: int = 4 << 20
+    device: str = "cpu"
 
 
 DEFAULTS = StatOptions()
@@ -86,11 +92,12 @@ def measure_tensors(
     options: StatOptions = DEFAULTS,
     executor: Executor = SERIAL,
     progress: Progress = silent,
+    beside: Companion | None = None,
 ) -> pd.DataFrame:
     """Return the statistics of every tensor, one row each, in the stored order.
 
     Integer tensors are listed with empty statistics. The result is the same to the last bit for any executor and any
-    block size.
+    block size. `beside` shares the visit to every block of every float tensor.
 
     Raises
     ------
@@ -99,11 +106,16 @@ def measure_tensors(
     """
     import pandas as pd
 
+    from vrscope.stats import kernels
+
     how = Streaming(executor, progress, "statistics", options.block_bytes)
+    how = how if beside is None else replace(how, unit=beside.unit)
     names = [name for name, info in checkpoint.tensors.items() if info.is_float]
+    dtypes = {checkpoint.tensors[name].dtype for name in names}
+    rehearse(kernels.count_patterns, [partial(rehearsal, dtype) for dtype in sorted(dtypes)], progress)
     tops = _top_singular_values(checkpoint, roles, names, how) if options.spectrum else {}
     statistics = STATISTICS + (SPECTRAL_STATISTICS if options.spectrum else ())
-    summaries = summarize(checkpoint, roles, names, how, options.target_std)
+    summaries = summarize(checkpoint, roles, names, how, options, beside)
     values = {
         name: _values(replace(summary, top_singular_value=tops.get(name, math.nan)), statistics)
         for name, summary in summaries
@@ -170,9 +182,10 @@ def summarize(
     roles: Mapping[str, TensorRole],
     names: Iterable[str],
     how: Streaming,
-    target_std: float = DEFAULTS.target_std,
+    options: StatOptions = DEFAULTS,
+    beside: Companion | None = None,
 ) -> Iterator[tuple[str, Summary]]:
-    """Yield name and summary of float tensors, each read once.
+    """Yield name and summary of float tensors, each read once, also for `beside`.
 
     Raises
     ------
@@ -183,16 +196,20 @@ def summarize(
     def view_of(info: TensorInfo) -> MatrixView | None:
         return matrix_view(info, role_of(roles, info))
 
-    def part_of(info: TensorInfo, block: RowBlock) -> BlockPart:
-        return summarize_block(info, view_of(info), block)
+    summarized = summarize_block if options.device == "cpu" else partial(summarize_block_on, options.device)
+
+    def part_of(info: TensorInfo, block: StoredBlock) -> tuple[BlockPart, Any]:
+        return summarized(info, view_of(info), block), beside.visit(info, block) if beside else None
 
     for name, parts in stream(checkpoint, names, part_of, how):
         info = checkpoint.tensors[name]
         accumulator = Accumulator(info, view_of(info))
-        for part in parts:
+        for part, more in parts:
             accumulator.add(part)
+            if beside is not None:
+                beside.collect(info, more)
         recount = _Recount(checkpoint, name, how.block_bytes)
-        yield name, accumulator.summary(recount, target_std)
+        yield name, accumulator.summary(recount, options.target_std)
 
 
 def role_of(roles: Mapping[str, TensorRole], info: TensorInfo) -> TensorRole:
@@ -214,10 +231,8 @@ class _Recount:
         from vrscope.stats.encoding import encoding
 
         code = encoding(self.checkpoint.tensors[self.name].dtype)
-        blocks = self.checkpoint.row_blocks(self.name, self.block_bytes)
-        return sum(
-            kernels.count_beyond(code.floats(code.bits(block.values)).reshape(-1), mean, distance) for block in blocks
-        )
+        blocks = map(self.checkpoint.read_stored, self.checkpoint.block_places(self.name, self.block_bytes))
+        return sum(kernels.count_beyond(code.floats(block.bits).reshape(-1), mean, distance) for block in blocks)
 
 
 def _top_singular_values(

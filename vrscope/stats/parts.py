@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.arch.roles import HeadSplit, TensorRole
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
+from vrscope.checkpoint.stream import SERIAL, Streaming, stream
 from vrscope.errors import UnknownNameError
 from vrscope.executors import Executor
 from vrscope.progress import Progress, silent
@@ -22,7 +23,6 @@ from vrscope.stats.encoding import encoding
 from vrscope.stats.matrix import MatrixView, matrix_view
 from vrscope.stats.measure import IDENTITY_COLUMNS, role_of
 from vrscope.stats.moments import moments_of
-from vrscope.stats.stream import SERIAL, Streaming, stream
 from vrscope.tables import Column
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def measure_parts(
         if axes is not None:
             wanted[name] = axes
 
-    def part_of(info: TensorInfo, block: RowBlock) -> list[_Part]:
+    def part_of(info: TensorInfo, block: StoredBlock) -> list[_Part]:
         return [_channels(info, wanted[info.name].view, axis, block) for axis in sorted(wanted[info.name].axes)]
 
     frames = []
@@ -165,12 +165,12 @@ def _zeros(view: MatrixView, axis: Axis) -> Floats:
     return np.zeros((view.matrices * (view.rows if axis == "rows" else view.columns), kernels.MOMENT_FIELDS))
 
 
-def _channels(info: TensorInfo, view: MatrixView, axis: Axis, block: RowBlock) -> _Part:
+def _channels(info: TensorInfo, view: MatrixView, axis: Axis, block: StoredBlock) -> _Part:
     """Return the moments of the channels of one axis within a block; whole rows, and pieces of columns."""
     from vrscope.stats import kernels
 
     code = encoding(info.dtype)
-    values = code.floats(code.bits(block.values)).reshape(-1, view.columns)
+    values = code.floats(block.bits).reshape(-1, view.columns)
     row = (block.first_row * info.columns + block.first_column) // view.columns
     first, length = row, view.columns
     if axis == "columns":

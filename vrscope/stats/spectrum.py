@@ -57,8 +57,8 @@ def _largest(checkpoint: Checkpoint, name: str, block_bytes: int) -> float:
     """Return the largest magnitude: NaN if there is no element or one is not finite."""
     code = encoding(checkpoint.tensors[name].dtype)
     largest = -math.inf
-    for block in checkpoint.row_blocks(name, block_bytes):
-        values = code.floats(code.bits(block.values))
+    for block in map(checkpoint.read_stored, checkpoint.block_places(name, block_bytes)):
+        values = code.floats(block.bits)
         top = float(np.max(np.abs(values)))
         if not math.isfinite(top):
             return math.nan
@@ -74,8 +74,8 @@ def _normal_product(
     code = encoding(info.dtype)
     stacked = vectors.reshape(view.matrices, view.columns, -1)
     result = np.zeros(stacked.shape)
-    for block in checkpoint.row_blocks(name, block_bytes):
-        values = code.floats(code.bits(block.values)).astype(np.float64) / scale
+    for block in map(checkpoint.read_stored, checkpoint.block_places(name, block_bytes)):
+        values = code.floats(block.bits).astype(np.float64) / scale
         weights = values.reshape(-1, view.rows, view.columns) if view.matrices > 1 else values[np.newaxis]
         first = block.first_row * info.columns // (view.rows * view.columns) if view.matrices > 1 else 0
         own = slice(first, first + weights.shape[0])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.checkpoint.source import StoredBlock, TensorInfo
 from vrscope.stats.encoding import Encoding, encoding
 from vrscope.stats.histogram import Histogram, histogram_of, magnitude_of
 from vrscope.stats.matrix import MatrixView
@@ -105,13 +105,12 @@ class BlockPart:
     tail: NDArray[np.floating]
 
 
-def summarize_block(info: TensorInfo, view: MatrixView | None, block: RowBlock) -> BlockPart:
+def summarize_block(info: TensorInfo, view: MatrixView | None, block: StoredBlock) -> BlockPart:
     """Return what `block` contributes to the summary of its tensor, in one visit to its values."""
     from vrscope.stats import kernels
 
     code = encoding(info.dtype)
-    bits = code.bits(block.values)
-    flat = bits.reshape(-1)
+    flat = block.bits.reshape(-1)
     patterns = np.zeros(code.bins, np.uint32)
     kernels.count_patterns(flat, np.uint64(code.shift), patterns)
     first = block.first_row * info.columns + block.first_column
@@ -131,6 +130,19 @@ def summarize_block(info: TensorInfo, view: MatrixView | None, block: RowBlock) 
         chunks = _chunks(code, flat[start:stop])
     values = code.floats(flat[:0]) if not code.shift else code.floats(flat)
     return BlockPart(patterns, row_top, column_top, row, values[:start].copy(), chunks, values[stop:].copy())
+
+
+def rehearsal(dtype: str) -> None:
+    """Call every compiled loop that the summary of a tensor of this type needs."""
+    from vrscope.stats import kernels
+
+    code = encoding(dtype)
+    info = TensorInfo("", dtype, (3, CHUNK), "", 0, 3 * CHUNK * code.width // 8)
+    view = MatrixView(1, 3, CHUNK, False)
+    accumulator = Accumulator(info, view)
+    accumulator.add(summarize_block(info, view, StoredBlock(0, np.zeros((3, CHUNK), code.unsigned), 0, info)))
+    accumulator.summary(lambda mean, distance: 0, 1.0)
+    kernels.count_beyond(code.floats(np.zeros(1, code.unsigned)), 0.0, 0.0)
 
 
 @dataclass(slots=True)

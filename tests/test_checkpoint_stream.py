@@ -10,17 +10,17 @@ import pytest
 import torch
 from stats_oracle import checkpoint_of, weights
 
-from vrscope.checkpoint.source import RowBlock, TensorInfo
+from vrscope.checkpoint.source import StoredBlock, TensorInfo
+from vrscope.checkpoint.stream import Streaming, stream
 from vrscope.errors import CheckpointError
 from vrscope.executors import Executor, Serial, Threads
-from vrscope.stats.stream import Streaming, stream
 
 
 @pytest.mark.parametrize("executor", [Serial(), Threads(3)], ids=str)
 def test_results_come_in_the_stored_order_with_every_name(tmp_path: Path, executor: Executor) -> None:
     checkpoint = checkpoint_of(tmp_path, a=weights((9, 4), "F32"), none=torch.zeros(0, 4), b=weights((50,), "F32"))
 
-    def first(info: TensorInfo, block: RowBlock) -> tuple[str, int, int]:
+    def first(info: TensorInfo, block: StoredBlock) -> tuple[str, int, int]:
         return info.name, block.first_row, block.first_column
 
     results = {
@@ -39,10 +39,10 @@ def test_only_a_few_blocks_are_alive_at_a_time(tmp_path: Path, executor: Executo
     alive: set[int] = set()
     most = 0
 
-    def watch(info: TensorInfo, block: RowBlock) -> int:
+    def watch(info: TensorInfo, block: StoredBlock) -> int:
         nonlocal most
         alive.add(id(block))
-        weakref.finalize(block.values, alive.discard, id(block))
+        weakref.finalize(block.bits, alive.discard, id(block))
         most = max(most, len(alive))
         return block.first_row
 

@@ -1,22 +1,44 @@
 """Runs a function over the row blocks of many tensors, on any executor, with results in the stored order.
 
-The calling thread reads, the executor's threads compute, and at most a few blocks are in memory at a time. As results
-are merged in the stored order, they do not depend on the number of threads.
+The executor's threads read and compute, and at most a few blocks are in memory at a time. As results are merged in the
+stored order, they do not depend on the number of threads. A `Companion` is other work that shares the
+same visit to every block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
 from vrscope.executors import Executor, Serial
 from vrscope.progress import Progress, silent
 
 Part = TypeVar("Part")
 
 SERIAL: Executor = Serial()
+
+
+def _any_row(info: TensorInfo) -> int:
+    del info
+    return 1
+
+
+class Companion(Protocol):
+    """Work that another pass takes along, so that blocks are read once for both."""
+
+    def unit(self, info: TensorInfo) -> int:
+        """Return how many rows of a tensor must not be torn apart: blocks are cut at multiples of it."""
+        ...
+
+    def visit(self, info: TensorInfo, block: StoredBlock) -> Any:
+        """Return what one block contributes; called on any thread."""
+        ...
+
+    def collect(self, info: TensorInfo, part: Any) -> None:
+        """Merge what `visit` returned; called in the stored order of the blocks, on the calling thread."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +55,24 @@ class Streaming:
         What to call the work, in words.
     block_bytes
         Aimed size of a block; results do not depend on it.
+    unit
+        Returns how many rows of a tensor must stay together.
     """
 
     executor: Executor = SERIAL
     progress: Progress = silent
     stage: str = "statistics"
     block_bytes: int = 4 << 20
+    unit: Callable[[TensorInfo], int] = _any_row
 
 
 def stream(
     checkpoint: Checkpoint,
     names: Iterable[str],
-    function: Callable[[TensorInfo, RowBlock], Part],
+    function: Callable[[TensorInfo, StoredBlock], Part],
     how: Streaming,
 ) -> Iterator[tuple[str, Iterator[Part]]]:
-    """Yield each name with the results of its blocks, first block first; tensors without elements have none.
+    """Yield each float tensor's name with the results of its blocks, first block first; none if it has no elements.
 
     The results of one name must be used up before the next name is asked for.
 
@@ -78,14 +103,18 @@ def stream(
 def _results(
     checkpoint: Checkpoint,
     names: list[str],
-    function: Callable[[TensorInfo, RowBlock], Part],
+    function: Callable[[TensorInfo, StoredBlock], Part],
     how: Streaming,
 ) -> Iterator[tuple[str, int, Part]]:
     """Yield the name, size in bytes and result of every block."""
 
-    def work(item: tuple[str, RowBlock]) -> tuple[str, int, Part]:
-        name, block = item
-        return name, block.values.nbytes, function(checkpoint.tensors[name], block)
+    def work(place: BlockPlace) -> tuple[str, int, Part]:
+        block = checkpoint.read_stored(place)
+        return place.name, block.bits.nbytes, function(checkpoint.tensors[place.name], block)
 
-    blocks = ((name, block) for name in names for block in checkpoint.row_blocks(name, how.block_bytes))
-    return iter(how.executor.map(work, blocks))
+    places = (
+        place
+        for name in names
+        for place in checkpoint.block_places(name, how.block_bytes, how.unit(checkpoint.tensors[name]))
+    )
+    return iter(how.executor.map(work, places))
