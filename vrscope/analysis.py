@@ -72,8 +72,9 @@ def analyze(
     Returns
     -------
     Report
-        Tables "tensors", "depth_law", "histograms", and "channels" or "heads", and "weight_error" with `formats`; of
-        activations "activations", "residual", and where there are any "outlier_dimensions", "experts" and "activation_channels".
+        Tables "tensors", "depth_law", "histograms", and "channels" or "heads", and "weight_error" with `formats`;
+        of activations "activations", "residual", and where there are any "outlier_dimensions", "experts" and
+        "activation_channels".
 
     Raises
     ------

@@ -58,6 +58,9 @@ def plan(
     method: str = "wisca",
     options: MethodOptions | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
+    text: Source | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
     revision: str | None = None,
     families: Source | None = None,
     progress: Progress = silent,
@@ -70,12 +73,15 @@ def plan(
     model
         Folder, safetensors file, index.json or hub id.
     method
-        "wisca", "tvr" or "random".
+        Name of a method, see `vrscope list methods`.
     options
         Options of the method; `overrides` set single ones, for example `granularity="tensor"`, `scales="free"`, or
         `approximate=True`: also scale what norms undo up to their eps.
     formats
         Accepted so that the call reads like the command; choosing does not depend on them, `describe` does.
+    text, tokens, device
+        What methods that calibrate (auto, awq, smoothquant) run the model on, and where: a UTF-8 text file or, with
+        None, the sample that ships with vrscope, and how many tokens of it, in windows of 512.
     revision, families, progress
         As in `analyze`.
 
@@ -87,14 +93,15 @@ def plan(
         If its architecture is not declared, or the file does not fit the declaration.
     UnknownNameError
         If there is no such method, format or option value.
+    ModelError, TextError
+        If a method that calibrates cannot run the model on the text.
     """
-    from vrscope.rescale.planning import make_plan
-
     stages.read_formats(formats)
     checkpoint = open_checkpoint(model, revision)
     chosen = stages.read_options(overrides, options)
     binding = stages.bind_checkpoint(checkpoint, families, chosen.approximate)
-    return make_plan(checkpoint, binding, method, chosen, default_executor(), progress)[0]
+    on = stages.CalibrationText(text, tokens, device=device)
+    return stages.choose_plan(checkpoint, binding, method, chosen, on, progress)[0]
 
 
 def describe(
@@ -146,6 +153,9 @@ def rescale(
     plan: RescalePlan | Source | None = None,
     method: str = "wisca",
     invert: bool = False,
+    text: Source | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
     force: bool = False,
     revision: str | None = None,
     families: Source | None = None,
@@ -164,6 +174,8 @@ def rescale(
         A plan or its file; None makes one with `method` and `overrides`.
     invert
         Undo the plan: on the checkpoint it made, this restores the tensors of the original byte for byte.
+    text, tokens, device
+        As in `plan`.
     force
         Replace an existing checkpoint at `out`.
     revision, families, progress
@@ -183,8 +195,8 @@ def rescale(
     VerificationError
         If the proof of the copy fails; then nothing is left behind.
     """
+    from vrscope.checkpoint.writer import check_target
     from vrscope.rescale.apply import apply_plan
-    from vrscope.rescale.planning import make_plan
 
     checkpoint = open_checkpoint(model, revision)
     if plan is None:
@@ -193,7 +205,9 @@ def rescale(
             raise PlanError(message)
         options = stages.read_options(overrides)
         binding = stages.bind_checkpoint(checkpoint, families, options.approximate)
-        chosen = make_plan(checkpoint, binding, method, options, default_executor(), progress)[0]
+        check_target(checkpoint, Path(out), force=force)  # before the long work
+        on = stages.CalibrationText(text, tokens, device=device)
+        chosen = stages.choose_plan(checkpoint, binding, method, options, on, progress)[0]
     else:
         chosen = stages.read_plan(plan)
         binding = stages.bind_checkpoint(checkpoint, families, chosen.approximate)

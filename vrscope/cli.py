@@ -65,6 +65,7 @@ def demo(out: Path, force: bool, output: Output) -> None:
 @options.method_options
 @options.formats
 @options.text_options
+@options.calibration_options
 @options.revision
 @options.families
 @options.force
@@ -117,6 +118,7 @@ def analyze(model: str, out: Path | None, force: bool, everything: bool, output:
 @click.option("-o", "--out", type=_PATH, help="File for the plan; without it, print only.")
 @options.method_options
 @options.formats
+@options.text_options
 @options.revision
 @options.families
 @options.everything
@@ -143,6 +145,7 @@ def plan(model: str, out: Path | None, everything: bool, output: Output, **setti
 @click.option("--plan", type=_PATH, metavar="FILE", help="What `vrscope plan -o` wrote, instead of method options.")
 @click.option("--invert", is_flag=True, help="Undo the plan: restores the tensors of the original byte for byte.")
 @options.method_options
+@options.text_options
 @options.revision
 @options.families
 @options.force

@@ -85,10 +85,12 @@ def run(
     model: str | Path,
     out: str | Path,
     *,
-    method: str = "wisca",
+    method: str = "auto",
     formats: Sequence[str] = DEFAULT_FORMATS,
     text: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
+    calibration_text: str | Path | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
     device: str = "auto",
     force: bool = False,
     revision: str | None = None,
@@ -109,6 +111,9 @@ def run(
         As in `plan`.
     formats, text, tokens, device
         As in `measure`.
+    calibration_text, calibration_tokens
+        What a method that calibrates runs the model on. None: the text measured on, from behind the tokens measured,
+        so that no figure is from text that the scales were chosen on.
     force
         Replace what an earlier run left in `out`.
     revision, families, progress
@@ -124,7 +129,7 @@ def run(
     from vrscope.checkpoint.writer import check_target
     from vrscope.rescale.apply import apply_plan
     from vrscope.rescale.methods import get_method
-    from vrscope.rescale.planning import make_plan, require_approximate
+    from vrscope.rescale.planning import require_approximate
     from vrscope.rescale.profile import profile_weights
     from vrscope.stats.measure import StatOptions
 
@@ -137,6 +142,9 @@ def run(
     # Everything that can be refused is refused before the long work.
     check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
     sample = stages.read_sample(checkpoint, text, tokens)
+    own = calibration_text is not None
+    on = stages.CalibrationText(calibration_text if own else text, calibration_tokens, 0 if own else tokens, device)
+    on.sample(checkpoint, method)
 
     tables, columns = stages.fill_activations(checkpoint, binding.roles, sample, (device, "float32"), progress)
     more, described = stages.fill_statistics(
@@ -144,7 +152,7 @@ def run(
     )
     tables |= more
     columns |= described
-    chosen, before = make_plan(checkpoint, binding, method, options, default_executor(), progress)
+    chosen, before = stages.choose_plan(checkpoint, binding, method, options, on, progress)
     rows = [proof.weight_proof(checkpoint, chosen)]
 
     def accept(copy: Checkpoint) -> None:
@@ -164,6 +172,7 @@ def run(
         tables |= more
         columns |= described
     arguments = {"out": out, "method": method, "formats": formats, "text": text, "tokens": tokens, "device": device}
+    arguments |= {"calibration_text": calibration_text, "calibration_tokens": calibration_tokens}
     arguments |= {"revision": revision, "families": families, **overrides}
     facts = provenance(
         time.monotonic() - started,

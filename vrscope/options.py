@@ -28,7 +28,7 @@ EXIT_RULE_BROKEN = 3
 POSITIVE = click.FloatRange(min=0, min_open=True)
 _METHOD_FIELDS = frozenset(  # of MethodOptions
     (
-        "granularity", "norm", "scales", "target_std", "depth_scaled", "raw", "seed", "limit",
+        "target", "alpha", "granularity", "norm", "scales", "target_std", "depth_scaled", "raw", "seed", "limit",
         "approximate", "allow_shrink",
     )
 )  # fmt: skip
@@ -197,7 +197,10 @@ def method_options(command: Command) -> Command:
     return _apply(
         [
             click.option(
-                "--method", metavar="NAME", callback=_known_method, help="See `vrscope list methods`. Default: wisca."
+                "--method",
+                metavar="NAME",
+                callback=_known_method,
+                help="See `vrscope list methods`. Default: auto for run, else wisca.",
             ),
             click.option(
                 "--granularity",
@@ -213,6 +216,16 @@ def method_options(command: Command) -> Command:
                 "--scales",
                 type=click.Choice(["pow2", "free"]),
                 help="Powers of two keep the function bit for bit; free factors round. Default: pow2.",
+            ),
+            click.option(
+                "--format",
+                "target",
+                type=Names(),
+                metavar="NAMES",
+                help="auto, awq: formats to lower the damage of, comma-separated. Default: nf4,int4-g64.",
+            ),
+            click.option(
+                "--alpha", type=click.FloatRange(0, 1), help="smoothquant: how much range moves. Default: 0.5."
             ),
             click.option("--limit", type=click.IntRange(0, 30), help="Largest exponent of two. Default: 6."),
             click.option("--target-std", type=POSITIVE, help="tvr: standard deviation to reach. Default: 0.01."),
@@ -260,6 +273,24 @@ def text_options(command: Command) -> Command:
     )
 
 
+def calibration_options(command: Command) -> Command:
+    """Add the options of `run` that say what a method that calibrates runs the model on."""
+    return _apply(
+        [
+            click.option(
+                "--calibration-text",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="auto, awq, smoothquant: text to choose the scales on. Default: --text, behind its --tokens.",
+            ),
+            click.option(
+                "--calibration-tokens", type=click.IntRange(min=2), metavar="N", help="Tokens of it. Default: 2048."
+            ),
+        ],
+        command,
+    )
+
+
 def _known_method(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is None:
         return None
@@ -278,7 +309,7 @@ def _check_method(chosen: Mapping[str, Any]) -> None:
         return
     from vrscope.rescale.methods import get_method
 
-    method = get_method(chosen.get("method", "wisca"))
+    method = get_method(chosen.get("method") or _default_method())
     for name in sorted(chosen.keys() & _METHOD_FIELDS):
         if name not in method.uses:
             used = ", ".join(_flag(name) for name in method.uses)
@@ -289,7 +320,13 @@ def _check_method(chosen: Mapping[str, Any]) -> None:
         raise click.UsageError(message)
 
 
+def _default_method() -> str:
+    return "auto" if click.get_current_context().info_name == "run" else "wisca"
+
+
 def _flag(name: str) -> str:
+    if name == "target":
+        return "--format"
     return "--" + name.replace("_", "-")
 
 
@@ -318,9 +355,6 @@ formats = click.option(
     type=Names(),
     metavar="NAMES",
     help="Comma-separated; see `vrscope list formats`. Default: int8,int8-row,nf4,fp4,int4-g64.",
-)
-dtype = click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="What the models compute in. Default: float32."
 )
 more_formats = click.option(
     "--formats",

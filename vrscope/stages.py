@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from vrscope.tables import Column
 if TYPE_CHECKING:
     import pandas as pd
 
+    from vrscope.activations.importance import Calibration
     from vrscope.arch.binding import Binding
     from vrscope.arch.roles import TensorRole
     from vrscope.quant.formats import Format
@@ -98,13 +99,65 @@ def read_plan(plan: RescalePlan | str | Path) -> RescalePlan:
     return plan if isinstance(plan, RescalePlan) else RescalePlan.load(plan)
 
 
-def read_sample(checkpoint: Checkpoint, text: str | Path | None, tokens: int) -> TextSample:
-    """Return windows of tokens of a text file, or of the sample that ships with vrscope."""
+def read_sample(checkpoint: Checkpoint, text: str | Path | None, tokens: int, skip: int = 0) -> TextSample:
+    """Return windows of tokens of a text file, or of the sample that ships with vrscope, from token `skip` on."""
     from vrscope.quant.text import load_text, make_sample
 
     path = None if text is None else Path(text)
     name = "sample text of vrscope" if path is None else path.name
-    return make_sample(load_text(path), checkpoint, tokens, name=name)
+    return make_sample(load_text(path), checkpoint, tokens, name=name, skip=skip)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationText:
+    """What a method that calibrates runs the model on: `tokens` of a text from token `skip` on, and where."""
+
+    text: str | Path | None = None
+    tokens: int = DEFAULT_TOKENS
+    skip: int = 0
+    device: str = "auto"
+
+    def sample(self, checkpoint: Checkpoint, method: str) -> TextSample | None:
+        """Return the text in windows of tokens; None if the method does not calibrate."""
+        from vrscope.rescale.methods import get_method
+
+        if not get_method(method).calibrates:
+            return None
+        return read_sample(checkpoint, self.text, self.tokens, self.skip)
+
+
+def choose_plan(
+    checkpoint: Checkpoint,
+    binding: Binding,
+    method: str,
+    options: MethodOptions,
+    on: CalibrationText,
+    progress: Progress,
+) -> tuple[RescalePlan, Profile]:
+    """Return the plan a method makes and the weight profile it saw; a method that calibrates is given what it needs."""
+    from vrscope.rescale.methods import get_method
+    from vrscope.rescale.planning import make_plan, require_approximate
+
+    require_approximate(get_method(method), options)
+    sample = on.sample(checkpoint, method)
+    calibration = None
+    if sample is not None:
+        calibration = _calibrate(checkpoint, binding, sample, on.device, progress)
+    return make_plan(checkpoint, binding, method, options, default_executor(), progress, calibration)
+
+
+def _calibrate(
+    checkpoint: Checkpoint, binding: Binding, sample: TextSample, device: str, progress: Progress
+) -> Calibration:
+    from vrscope.activations.importance import calibrate
+    from vrscope.quant.loading import load_model, release, resolve_device
+
+    loaded = load_model(checkpoint, resolve_device(device), "float32", copies=1)
+    try:
+        return calibrate(loaded, checkpoint, binding.roles, sample, progress)
+    finally:
+        del loaded
+        release()
 
 
 def fill_statistics(
@@ -218,7 +271,7 @@ def fill_plan(
         "unreachable": describe.describe_unreachable(binding, plan.scales),
         "reach": reach(checkpoint, binding, plan, formats),
     }
-    columns = {
+    columns: Columns = {
         "spaces": describe.SPACE_COLUMNS,
         "matrices": describe.MATRIX_COLUMNS,
         "unreachable": describe.UNREACHABLE_COLUMNS,

@@ -77,6 +77,26 @@ class ScaleScope:
 
 
 @dataclass(frozen=True, slots=True)
+class Levels:
+    """The values that a unit of weights can take after rounding, for searches that round single units.
+
+    Attributes
+    ----------
+    kind
+        "integer": a scale and an integer zero point, range including 0. "symmetric": integers up to `top` on both
+        sides, scale from the largest magnitude. "codebook": `book` times the largest magnitude.
+    top
+        Largest integer.
+    book
+        Name of the code book.
+    """
+
+    kind: Literal["integer", "symmetric", "codebook"]
+    top: int = 0
+    book: Literal["", "nf4", "fp4"] = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """One way to store the weights of linear layers.
 
@@ -101,6 +121,8 @@ class Format:
     reference
         The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
         what this gives. None if `roundtrip` is that.
+    levels
+        What a unit of `scope` rounds to, nested scales and quantized inputs aside.
     """
 
     name: str
@@ -112,6 +134,7 @@ class Format:
     roundtrip: Callable[[Tensor], Tensor]
     values: Callable[[Singles], Singles] | None = None
     reference: Callable[[Tensor], Tensor] | None = None
+    levels: Levels | None = None
 
     def of_array(self, weight: Singles) -> Singles:
         """Return the round trip of a contiguous float32 array `(out, in)`, as a new one."""
@@ -144,6 +167,7 @@ def _int4(group: int | None) -> Format:
         ScaleScope("group", group) if group else ScaleScope("row"),
         activations=False,
         **_looped(partial(roundtrip.int4, group=group), partial(simulated.int4_per_group, group=group)),
+        levels=Levels("integer", 15),
     )
 
 
@@ -156,6 +180,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("row"),
         activations=True,
         **_looped(roundtrip.llm_int8, bnb.int8_rows),
+        levels=Levels("symmetric", 127),
     ),
     Format(
         "int8-row",
@@ -165,6 +190,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("row"),
         activations=False,
         **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        levels=Levels("symmetric", 127),
     ),
     Format(
         "int8-tensor",
@@ -183,6 +209,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("block", bnb.BLOCK),
         activations=False,
         **_looped(partial(roundtrip.four_bit, kind="nf4"), partial(bnb.four_bit, kind="nf4")),
+        levels=Levels("codebook", book="nf4"),
     ),
     Format(
         "nf4-dq",
@@ -192,6 +219,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("block", bnb.BLOCK, nested=True),
         activations=False,
         **_looped(partial(roundtrip.four_bit, kind="nf4", nested=True), partial(bnb.four_bit, kind="nf4", nested=True)),
+        levels=Levels("codebook", book="nf4"),
     ),
     Format(
         "fp4",
@@ -201,6 +229,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("block", bnb.BLOCK),
         activations=False,
         **_looped(partial(roundtrip.four_bit, kind="fp4"), partial(bnb.four_bit, kind="fp4")),
+        levels=Levels("codebook", book="fp4"),
     ),
     _int4(32),
     _int4(64),

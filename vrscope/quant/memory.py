@@ -48,6 +48,29 @@ def require_run_memory(checkpoint: Checkpoint, device: str, dtype: str, window: 
         raise ModelError(message)
 
 
+def require_calibration_memory(checkpoint: Checkpoint, device: str, window: int) -> None:
+    """Refuse to calibrate a loaded model if gradients and the importance of every weight would not fit beside it.
+
+    Counted are two float32 figures per weight and the activations of all layers, which a backward pass keeps.
+
+    Raises
+    ------
+    ModelError
+        If less memory is free than that.
+    """
+    config = checkpoint.config
+    layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "n_layers") if name in config), 1)
+    run = run_bytes(config, window, DTYPE_BYTES["float32"]) * max(1, int(layers) // 4)
+    needed = 2 * _weight_bytes(checkpoint, "float32") + run
+    free = _free_memory("cpu")
+    if free is not None and needed > free:
+        message = (
+            f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to calibrate on windows of {window:,} "
+            f"tokens, found {free / 1e9:.1f} GB. Use a larger machine, or a method without calibration (wisca, cle)."
+        )
+        raise ModelError(message)
+
+
 def run_bytes(config: Mapping[str, Any], window: int, width: int) -> int:
     """Return about how many bytes one window needs while it runs, from a model's configuration; `width` per value.
 

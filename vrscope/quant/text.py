@@ -82,7 +82,12 @@ def load_text(path: Path | None) -> str:
 
 
 def make_sample(
-    text: str, checkpoint: Checkpoint, tokens: int = TOKENS, window: int = WINDOW, name: str = "text"
+    text: str,
+    checkpoint: Checkpoint,
+    tokens: int = TOKENS,
+    window: int = WINDOW,
+    name: str = "text",
+    skip: int = 0,
 ) -> TextSample:
     """Cut the beginning of a text into windows of tokens for a checkpoint's model.
 
@@ -96,6 +101,10 @@ def make_sample(
         Number of tokens in all windows, special tokens included.
     window
         Tokens per window; made smaller if the model has fewer positions.
+    name
+        Where the text is from.
+    skip
+        Tokens of the text to leave out before the first.
 
     Raises
     ------
@@ -116,10 +125,11 @@ def make_sample(
     after = [] if causal else after
     sizes = _window_sizes(tokens, window, len(before) + len(after))
     needed = tokens - len(sizes) * (len(before) + len(after))
-    ids = _encode_beginning(text, encode, needed)
+    ids = _encode_beginning(text, encode, needed + skip)[skip:]
     if len(ids) < needed:
+        behind = f" behind the first {skip:,}" if skip else ""
         message = (
-            f"{name}: expected text for {tokens:,} tokens, found {len(ids) + tokens - needed:,}. "
+            f"{name}: expected text for {tokens:,} tokens{behind}, found {len(ids) + tokens - needed:,}. "
             "Give a longer text with --text, or ask for fewer with --tokens."
         )
         raise TextError(message)

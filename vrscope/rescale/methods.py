@@ -13,14 +13,21 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vrscope.activations.importance import Calibration
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import GAIN_PAIR, NORM_FOLD, Space
+from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import PlanError, UnknownNameError
+from vrscope.executors import Executor, Serial
+from vrscope.progress import Progress, silent
+from vrscope.rescale.awq import Choice, choose, searchable
+from vrscope.rescale.balance import cle, smoothquant
 from vrscope.rescale.plan import POW2
 from vrscope.rescale.profile import Profile, side_sizes
 
 Exponents = Mapping[str, NDArray[np.float64]]
+_SERIAL = Serial()
 SHRINK = -3  # log2: below an eighth, the error through eps, which grows with the square, soon shows
 
 
@@ -50,6 +57,10 @@ class MethodOptions:
         tvr, random: also scale what a norm undoes up to its eps; by at least 1, where its eps only fades.
     allow_shrink
         With `approximate`: also shrink the inputs of norms, to no less than `SHRINK`.
+    target
+        awq, auto: names of the formats whose damage to lower, all at once.
+    alpha
+        smoothquant: share of the inputs' range, of 1, that moves into the weights.
     """
 
     granularity: Literal["tensor", "head", "channel"] = "channel"
@@ -62,6 +73,8 @@ class MethodOptions:
     limit: int = 6
     approximate: bool = False
     allow_shrink: bool = False
+    target: tuple[str, ...] = ("nf4", "int4-g64")
+    alpha: float = 0.5
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -74,6 +87,10 @@ class MethodOptions:
         if not 0 < self.target_std < float("inf"):
             message = f"target_std: expected a positive number, found {self.target_std}."
             raise PlanError(message)
+        if not 0 <= self.alpha <= 1:
+            message = f"alpha: expected 0 to 1, found {self.alpha}."
+            raise PlanError(message)
+        searchable(self.target)
         if not 0 <= self.limit <= 30:
             message = f"limit: expected 0 to 30 (log2 of the largest scale), found {self.limit}."
             raise PlanError(message)
@@ -81,11 +98,15 @@ class MethodOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Situation:
-    """What a method may look at."""
+    """What a method may look at; the checkpoint and the calibration only if the method is one that calibrates."""
 
     binding: Binding
     profile: Profile
     options: MethodOptions
+    checkpoint: Checkpoint | None = None
+    calibration: Calibration | None = None
+    executor: Executor = _SERIAL
+    progress: Progress = silent
 
     @property
     def spaces(self) -> tuple[Space, ...]:
@@ -95,12 +116,16 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One entry of the table: name, one sentence, the options it uses, and the function that chooses."""
+    """One entry of the table: name, one sentence, the options it uses, and the function that chooses.
+
+    `calibrates` says whether it needs a model run on text.
+    """
 
     name: str
     meaning: str
     uses: tuple[str, ...]
-    choose: Callable[[Situation], Exponents]
+    choose: Callable[[Situation], Exponents | Choice]
+    calibrates: bool = False
 
 
 def usable_spaces(binding: Binding, scales: str) -> tuple[Space, ...]:
@@ -288,7 +313,39 @@ def random(situation: Situation) -> Exponents:
     return chosen
 
 
+def awq(situation: Situation) -> Choice:
+    """Search every space for the exponents that lower the predicted damage of the target formats most."""
+    return choose(situation, {})
+
+
+def auto(situation: Situation) -> Choice:
+    """Search like awq, and also from what the other methods choose; whatever does best on held-out text is taken."""
+    return choose(situation, {"wisca": wisca(situation), "cle": cle(situation), "smoothquant": smoothquant(situation)})
+
+
 METHODS: tuple[Method, ...] = (
+    Method(
+        "auto",
+        "Starts from the best of all other methods for each space, then searches as awq does, and says what won.",
+        ("target", "alpha", "limit"),
+        auto,
+        calibrates=True,
+    ),
+    Method(
+        "awq",
+        "Searches every space for the exponents that lower the predicted damage of the target formats most.",
+        ("target", "limit"),
+        awq,
+        calibrates=True,
+    ),
+    Method(
+        "smoothquant",
+        "Moves range from the inputs of layers into their weights, for formats that quantize both.",
+        ("alpha", "scales", "limit"),
+        smoothquant,
+        calibrates=True,
+    ),
+    Method("cle", "Gives every channel the same range on both sides of its scale.", ("scales", "limit"), cle),
     Method(
         "wisca",
         "Gives the two matrices that meet in a product (q.k, v.o, up.down) equal norms.",

@@ -50,6 +50,9 @@ class RescalePlan:
         For raw TVR only: biases that are set to zero.
     approximate
         Those of `spaces` whose scale a norm undoes only up to its eps, each with that eps.
+    gains
+        Of methods that predict it: for every space and format the damage before and after (see
+        `vrscope.rescale.gains`).
     """
 
     family: str
@@ -62,6 +65,7 @@ class RescalePlan:
     affine: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     zeroed: tuple[str, ...] = ()
     approximate: Mapping[str, float] = field(default_factory=dict)
+    gains: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def equivalent(self) -> str:
@@ -104,7 +108,7 @@ class RescalePlan:
         undo = np.negative if self.scales == POW2 else np.reciprocal
         spaces = {name: undo(values) for name, values in self.spaces.items()}
         settings = {**self.settings, "inverted": not self.settings.get("inverted", False)}
-        return replace(self, spaces=spaces, settings=settings, source=self.result, result=self.source)
+        return replace(self, spaces=spaces, settings=settings, source=self.result, result=self.source, gains=())
 
     def then(self, other: RescalePlan) -> RescalePlan:
         """Return one plan that does this one and then `other`.
@@ -156,6 +160,8 @@ class RescalePlan:
             "zeroed": list(self.zeroed),
             "spaces": {name: _encode(values, self.scales) for name, values in self.spaces.items()},
         } | ({"approximate": dict(self.approximate)} if self.approximate else {})
+        if self.gains:
+            body["gains"] = [dict(row) for row in self.gains]
         return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> Path:
@@ -229,6 +235,7 @@ class RescalePlan:
                 affine=affine,
                 zeroed=tuple(str(name) for name in body["zeroed"]),
                 approximate=approximate,
+                gains=tuple(dict(row) for row in body.get("gains", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             message = f"{where}: not a vrscope plan ({type(error).__name__}: {error}). Make one with `vrscope plan`."

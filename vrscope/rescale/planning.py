@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from vrscope.activations.importance import Calibration
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import by_tensor
@@ -15,6 +16,7 @@ from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
 from vrscope.errors import PlanError
 from vrscope.executors import Executor
 from vrscope.progress import Progress
+from vrscope.rescale.awq import Choice
 from vrscope.rescale.methods import METHODS, Method, MethodOptions, Situation, get_method, reach_of, target_std
 from vrscope.rescale.plan import POW2, RescalePlan
 from vrscope.rescale.profile import Profile, profile_weights
@@ -31,11 +33,12 @@ def make_plan(
     options: MethodOptions,
     executor: Executor,
     progress: Progress,
+    calibration: Calibration | None = None,
 ) -> tuple[RescalePlan, Profile]:
     """Return the plan a method makes for a checkpoint, and the weight profile it was made from.
 
     With powers of two, channels whose weights would leave the normal range of their stored type keep the scale 1; the
-    settings count them as `left_out`.
+    settings count them as `left_out`. `calibration` is for the methods that calibrate.
 
     Raises
     ------
@@ -49,17 +52,26 @@ def make_plan(
     entry = get_method(method)
     require_approximate(entry, options)
     profile = profile_weights(checkpoint, binding, executor, progress)
-    situation = Situation(binding, profile, options)
+    situation = Situation(binding, profile, options, checkpoint, calibration, executor, progress)
     settings = {name: value for name, value in asdict(options).items() if name in entry.uses}
+    if "target" in settings:
+        settings["target"] = list(settings["target"])
     if not options.approximate:
         settings = {name: value for name, value in settings.items() if name not in {"approximate", "allow_shrink"}}
+    if calibration is not None:
+        tokens = calibration.tokens + (
+            calibration.held_out_tokens if calibration.held_out is not calibration.importance else 0
+        )
+        settings |= {"calibration_text": calibration.text, "calibration_tokens": tokens}
     fingerprint = checkpoint.fingerprint()
     if options.raw and "raw" in entry.uses:
         affine, zeroed = _raw_tvr(situation, checkpoint)
         plan = RescalePlan(binding.family, method, settings, POW2, {}, fingerprint, affine=affine, zeroed=zeroed)
         return plan, profile
     reach = {space.name: reach_of(space, options) for space in situation.spaces}
-    chosen = {name: np.clip(values, *reach[name]) for name, values in entry.choose(situation).items()}
+    choice = entry.choose(situation)
+    choice = choice if isinstance(choice, Choice) else Choice(choice, ())
+    chosen = {name: np.clip(values, *reach[name]) for name, values in choice.exponents.items()}
     limited = {space.name: space.limit.eps for space in situation.spaces if space.limit and space.name in chosen}
     if options.scales != POW2:
         spaces = {name: np.exp2(values) for name, values in chosen.items()}
@@ -67,6 +79,7 @@ def make_plan(
         return plan, profile
     whole = {name: np.rint(values).astype(np.int64) for name, values in chosen.items()}
     plan = RescalePlan(binding.family, method, settings, POW2, whole, fingerprint, approximate=limited)
+    plan = replace(plan, gains=choice.gains)
     plan, left_out = _within_range(checkpoint, binding, plan, profile)
     if left_out:
         settings["left_out"] = left_out

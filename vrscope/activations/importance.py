@@ -1,0 +1,215 @@
+"""How much the output minds an error of each weight, measured with gradients on a calibration text.
+
+To second order the damage of a weight error e is half of e' F e, with F the Fisher information of the predictions.
+Its diagonal is the mean over tokens of (g x)^2 for the weight's input x and the gradient g at its output, with labels
+drawn from the model itself, and half of sum(F e^2) then is the mean KL in nats (Martens 2020, arXiv 1412.1193,
+sections 5 and 9). One pass forwards and one backwards give it for all weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.activations.capture import Site, SiteMap, find_sites, oriented, watching
+from vrscope.arch.roles import TensorRole
+from vrscope.checkpoint.source import Checkpoint
+from vrscope.errors import ModelError
+from vrscope.progress import Progress, silent
+from vrscope.quant.loading import LoadedModel
+from vrscope.quant.memory import require_calibration_memory
+from vrscope.quant.text import TextSample
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+HELD_OUT_SHARE = 4  # one window in so many is held out
+SEED = 0  # of the labels that are drawn
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """What a text tells of every linear weight.
+
+    Attributes
+    ----------
+    importance, held_out
+        By tensor, oriented `(..., out, in)` with batch dimensions such as experts in front: the second derivative of
+        the damage by each weight, from the windows to search on and from those held out. The damage is the mean KL per
+        token in nats, for encoders the mean squared relative error of the last hidden state. One text window serves as
+        both.
+    absmax
+        By tensor: largest magnitude of each input channel over all windows, `(..., in)`.
+    tokens, held_out_tokens
+        How many tokens the two are from.
+    causal
+        Whether damage is KL.
+    text
+        Name of the text.
+    unseen
+        Linear weights that no token reached, or that the running model does not use by themselves.
+    """
+
+    importance: Mapping[str, NDArray[np.float32]]
+    held_out: Mapping[str, NDArray[np.float32]]
+    absmax: Mapping[str, NDArray[np.float64]]
+    tokens: int
+    held_out_tokens: int
+    causal: bool
+    text: str
+    unseen: tuple[str, ...]
+
+
+def calibrate(
+    loaded: LoadedModel,
+    checkpoint: Checkpoint,
+    roles: Mapping[str, TensorRole],
+    sample: TextSample,
+    progress: Progress = silent,
+) -> Calibration:
+    """Run a text forwards and backwards through a model and return how important each linear weight is.
+
+    Every fourth window, and the last, are held out. Labels are drawn with a fixed seed.
+
+    Raises
+    ------
+    ModelError
+        If memory would not suffice, or an activation or a gradient is not finite.
+    """
+    import torch
+
+    require_calibration_memory(checkpoint, loaded.device, sample.window)
+    sites = find_sites(loaded, checkpoint, roles)
+    quantized = [site for site in sites.sites if site.tensor not in sites.kept]
+    shapes = {site.tensor: oriented(_blank(checkpoint, site.tensor), roles[site.tensor]).shape for site in quantized}
+    parts = [_Sums.of(shapes) for _ in range(2 if len(sample.windows) > 1 else 1)]
+    absmax = {name: np.zeros((*shape[:-2], shape[-1])) for name, shape in shapes.items()}
+    generator = torch.Generator(device="cpu").manual_seed(SEED)
+    done = 0
+    for number, window in enumerate(sample.windows):
+        held = len(parts) > 1 and (number % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 or number == len(sample.windows) - 1)
+        _one_window(loaded, sites, window, (parts[held], absmax), generator)
+        parts[held].tokens += len(window)
+        done += len(window)
+        progress("calibrating", done, sample.tokens, "tokens")
+    seen = parts[0].seen | parts[-1].seen
+    unseen = tuple(dict.fromkeys([site.tensor for site in quantized if site not in seen] + list(sites.unmatched)))
+    tables = [part.mean(checkpoint.name) for part in parts]
+    return Calibration(
+        tables[0],
+        tables[-1],
+        absmax,
+        parts[0].tokens,
+        parts[-1].tokens,
+        loaded.causal,
+        sample.name,
+        unseen,
+    )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over tokens of (g x)^2."""
+
+    sums: dict[str, Tensor]
+    seen: set[Site]
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> _Sums:
+        import torch
+
+        return cls({name: torch.zeros(shape) for name, shape in shapes.items()}, set())
+
+    def mean(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """Return the sums over the number of tokens, freeing them."""
+        found = {}
+        for tensor in list(self.sums):
+            values: NDArray[np.float32] = (self.sums.pop(tensor) / max(self.tokens, 1)).numpy()
+            if not np.isfinite(values).all():
+                message = (
+                    f"{name}: expected finite gradients, found NaN or infinity at {tensor}. The model's activations "
+                    "overflow on this text; `vrscope analyze` says where that begins."
+                )
+                raise ModelError(message)
+            found[tensor] = values
+        return found
+
+
+def _blank(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Return a tensor of a stored one's shape that takes no memory."""
+    import torch
+
+    return torch.empty(checkpoint.tensors[name].shape, device="meta")
+
+
+def _one_window(
+    loaded: LoadedModel,
+    sites: SiteMap,
+    window: tuple[int, ...],
+    into: tuple[_Sums, Mapping[str, NDArray[np.float64]]],
+    generator: Generator,
+) -> None:
+    """Run one window both ways and add what it tells to the sums and the largest magnitudes."""
+    import torch
+
+    part, absmax = into
+
+    def on_linear(used: tuple[Site, ...], inputs: Tensor, output: Tensor) -> None:
+        wanted = [site for site in used if site.tensor in part.sums]
+        if not wanted or not inputs.shape[0]:
+            return
+        rows = inputs.detach().float()
+        top = rows.abs().amax(dim=0).double().cpu().numpy()
+        for site in wanted:
+            np.maximum(absmax[site.tensor][site.index], top, out=absmax[site.tensor][site.index])
+            part.seen.add(site)
+        if output.requires_grad:
+            squares = rows * rows
+
+            def add(gradient: Tensor) -> None:
+                for site in wanted:
+                    size = gradient[:, site.outputs].float() ** 2
+                    part.sums[site.tensor][site.index][site.rows] += (size.T @ squares).cpu()
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def differentiable(module: object, arguments: object, output: Tensor) -> Tensor:
+        del module, arguments
+        return output.detach().requires_grad_(True)
+
+    handle = loaded.model.get_input_embeddings().register_forward_hook(differentiable)
+    ids = torch.tensor([window], device=loaded.device)
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        with torch.enable_grad(), watching(sites, on_linear):
+            if loaded.causal:
+                loss = _drawn_loss(loaded.model(**arguments, use_cache=False).logits[0].float(), generator)
+            else:
+                loss = _projected_loss(loaded.model(**arguments).last_hidden_state[0].float(), generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        handle.remove()
+
+
+def _drawn_loss(logits: Tensor, generator: Generator) -> Tensor:
+    """Return the sum of the surprises of labels that are drawn from the model's own predictions."""
+    import torch
+
+    predicted = torch.log_softmax(logits, dim=-1)
+    labels = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator)
+    return -predicted.gather(1, labels.to(predicted.device)).sum()
+
+
+def _projected_loss(states: Tensor, generator: Generator) -> Tensor:
+    """Return a random projection whose squared change is, in the mean, twice the squared relative error of states."""
+    import torch
+
+    direction = torch.randn(states.shape, generator=generator).to(states.device)
+    size = states.detach().norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    total: Tensor = (2**0.5 * direction * states / size).sum()
+    return total

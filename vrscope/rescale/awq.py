@@ -1,0 +1,129 @@
+"""Scales chosen by what rounding costs the output: for every space the search of `vrscope.rescale.search`.
+
+A relative of AWQ (arXiv 2306.00978), with four differences: the objective is the predicted damage of the whole model,
+from gradients, not the error of one layer's output; the exponents are searched for one by one; several formats count at
+once; and what does not hold on held-out text is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.arch.spaces import Space
+from vrscope.errors import PlanError
+from vrscope.quant.formats import FORMATS, Format, get_format
+from vrscope.rescale.readers import Reader, readers_of
+from vrscope.rescale.search import AWQ, NONE, ON_GRID, START, Found, base_damage, search
+
+if TYPE_CHECKING:
+    from vrscope.rescale.methods import Situation
+
+Exponents = Mapping[str, NDArray[np.float64]]
+STAGE = "searching scales"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """Log2 scales, and for each space and format what they are predicted to gain (rows of the table "gains")."""
+
+    exponents: Exponents
+    gains: tuple[Mapping[str, Any], ...]
+
+
+def searchable(names: Sequence[str]) -> tuple[Format, ...]:
+    """Return formats by name, if a search can be made for them.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such format.
+    PlanError
+        If there is none at all, or one has a scale that a single column cannot be told apart in.
+    """
+    entries = tuple(get_format(name) for name in dict.fromkeys(names))
+    known = [entry.name for entry in FORMATS if entry.levels is not None]
+    for entry in entries:
+        if entry.levels is None:
+            message = f"target: format {entry.name!r} cannot be searched for. Choose among {', '.join(known)}."
+            raise PlanError(message)
+    if not entries:
+        message = f"target: expected at least one format, found none. Choose among {', '.join(known)}."
+        raise PlanError(message)
+    return entries
+
+
+def choose(situation: Situation, given: Mapping[str, Exponents]) -> Choice:
+    """Return the scales of every space that linear weights read, from the best of all starts.
+
+    Parameters
+    ----------
+    situation
+        With checkpoint and calibration.
+    given
+        What other methods choose: name to log2 scales by space.
+
+    Raises
+    ------
+    PlanError
+        If the situation has no calibration.
+    """
+    checkpoint, calibration = situation.checkpoint, situation.calibration
+    if checkpoint is None or calibration is None:
+        message = "awq: expected a calibration on text, found none. Give a text, or use a method without: wisca, cle."
+        raise PlanError(message)
+    entries = searchable(situation.options.target)
+    spaces = [space for space in situation.spaces if space.limit is None]
+
+    def readers(space: Space) -> list[Reader]:
+        return readers_of(space, situation.binding, checkpoint, calibration)
+
+    def base(space: Space) -> NDArray[np.float64] | None:
+        found = readers(space)
+        return base_damage(found, entries) if found else None
+
+    def look(space: Space) -> Found | None:
+        starts = {name: values[space.name] for name, values in given.items() if space.name in values}
+        found = readers(space)
+        return search(found, formats, space.size, starts, situation.options.limit) if found else None
+
+    # The formats count alike: each by its share of its own damage in the whole model.
+    totals = np.sum([part for part in situation.executor.map(base, spaces) if part is not None], axis=0)
+    if not np.ndim(totals):
+        return Choice({}, ())
+    formats = [(entry, 1 / total if total > 0 else 0.0) for entry, total in zip(entries, totals, strict=True)]
+    exponents, gains = {}, []
+    for number, (space, found) in enumerate(zip(spaces, situation.executor.map(look, spaces), strict=True), 1):
+        situation.progress(STAGE, number, len(spaces), "spaces")
+        if found is not None:
+            exponents[space.name] = found.exponents.astype(np.float64)
+            gains += _gains(space, found)
+    return Choice(exponents, tuple(gains))
+
+
+def _gains(space: Space, found: Found) -> list[Mapping[str, Any]]:
+    reason = {
+        NONE: "Nothing that was tried lowers the damage on held-out text.",
+        START: f"The scales of {found.method} do best on held-out text.",
+        ON_GRID: "A power of the importance of the channels does best on held-out text.",
+    }.get(
+        found.method if found.method == NONE else found.stage,
+        ("A grid" if found.method == AWQ else f"The scales of {found.method}")
+        + ", then steps of single exponents, do best on held-out text.",
+    )
+    shared = {"space": space.name, "rule": space.rule, "layer": space.layer, "method": found.method}
+    return [
+        {
+            **shared,
+            "format": name,
+            "stage": found.stage,
+            "damage_before": float(found.before[name]),
+            "damage_after": float(found.after[name]),
+            "reason": reason,
+        }
+        for name in found.before
+    ]

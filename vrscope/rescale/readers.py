@@ -1,0 +1,77 @@
+"""What reads a space: the columns of all linear weights that its scales multiply, ready to be rounded and compared.
+
+Rows never matter here. The formats that are searched for give every row, or every group of a row, a scale of its own,
+so a factor on a writer's rows is invisible to them; only columns are felt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.activations.importance import Calibration
+from vrscope.arch.binding import Binding
+from vrscope.arch.roles import LINEAR, TensorRole
+from vrscope.arch.spaces import Space
+from vrscope.checkpoint.source import Checkpoint
+
+Singles = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """Matrices that read the same scales in the same columns, one below the other.
+
+    Attributes
+    ----------
+    ids
+        Which scale multiplies each column, -1 for none, shape `(columns,)`.
+    power
+        What the scale's exponent is multiplied by: -1, or -2 behind a squared ReLU.
+    weight
+        Shape `(rows, columns)`, float32.
+    importance, held_out
+        Of the same shape.
+    """
+
+    ids: NDArray[np.int64]
+    power: int
+    weight: Singles
+    importance: Singles
+    held_out: Singles
+
+
+def readers_of(space: Space, binding: Binding, checkpoint: Checkpoint, calibration: Calibration) -> list[Reader]:
+    """Return everything that reads a space and whose importance is known; one `Reader` per pattern of columns."""
+    groups: dict[tuple[bytes, int], list[tuple[NDArray[Any], ...]]] = {}
+    for term in space.terms:
+        role = binding.roles[term.tensor]
+        if term.power >= 0 or role.kind != LINEAR or term.tensor not in calibration.importance:
+            continue
+        index = _oriented(term.index, role)
+        if index.shape[-2] != 1:
+            continue  # moves rows as well, which is no column scale
+        stored = _oriented(checkpoint.read(term.tensor).float().numpy(), role)
+        index = np.broadcast_to(index, (*stored.shape[:-2], 1, stored.shape[-1]))
+        importance, held_out = calibration.importance[term.tensor], calibration.held_out[term.tensor]
+        for at in product(*map(range, stored.shape[:-2])):
+            ids = np.ascontiguousarray(index[at][0])
+            if (ids >= 0).any():
+                key = (ids.tobytes(), term.power)
+                groups.setdefault(key, []).append((ids, stored[at], importance[at], held_out[at]))
+    found = []
+    for (_, power), parts in groups.items():
+        arrays = (np.ascontiguousarray(np.concatenate([part[at] for part in parts])) for at in (1, 2, 3))
+        found.append(Reader(parts[0][0], power, *arrays))
+    return found
+
+
+def _oriented(array: NDArray[Any], role: TensorRole) -> NDArray[Any]:
+    """Return an array that broadcasts against a stored weight with `(out, in)` as its last dimensions."""
+    last = (role.dims.index("out"), role.dims.index("in"))
+    batch = [dim for dim in range(len(role.dims)) if dim not in last]
+    return array.transpose(*batch, *last)

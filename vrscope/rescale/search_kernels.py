@@ -1,0 +1,231 @@
+"""The compiled loops of the search: what weights cost after rounding, and how that changes with one exponent.
+
+All work on one matrix `(rows, columns)` of everything that reads a space, for several formats at once. A column's new
+factor moves the scale of its unit of neighbours only where it holds, or comes to hold, the largest magnitude; elsewhere
+only the one element changes. That is what makes a descent over single exponents cheap.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.compiling import compiled
+
+INTEGER, SYMMETRIC, CODEBOOK = range(3)
+Singles = NDArray[np.float32]
+Longs = NDArray[np.int64]
+
+_ZERO = np.float32(0)
+
+
+@compiled
+def _round(v: Singles, n: int, span: tuple[np.float32, np.float32], kind: int, top: np.float32, book: Singles) -> None:
+    """Round the first `n` of `v` in place; `span` is their least and largest value, 0 included.
+
+    `book` holds 16 codes and the 15 bounds between them.
+    """
+    low, high = span
+    if kind == INTEGER:
+        scale = (high - low) / top
+        if scale > _ZERO:
+            zero = np.rint(-low / scale)
+            inverse = np.float32(1) / scale
+            for j in range(n):
+                code = np.rint(v[j] * inverse) + zero
+                code = min(max(code, _ZERO), top)
+                v[j] = (code - zero) * scale
+    else:
+        largest = max(high, -low)
+        if largest > _ZERO:
+            if kind == SYMMETRIC:
+                inverse, step = top / largest, largest / top
+                for j in range(n):
+                    v[j] = np.rint(v[j] * inverse) * step
+            else:
+                inverse = np.float32(1) / largest
+                for j in range(n):
+                    x = v[j] * inverse
+                    y = book[0]
+                    for t in range(15):
+                        y = book[t + 1] if x > book[16 + t] else y
+                    v[j] = y * largest
+
+
+@compiled
+def _span(weight: Singles, row: int, first: int, last: int, factors: Singles) -> tuple[np.float32, np.float32]:
+    low, high = _ZERO, _ZERO
+    for j in range(first, last):
+        v = weight[row, j] * factors[j]
+        low, high = min(low, v), max(high, v)
+    return low, high
+
+
+@compiled
+def start(
+    weight: Singles,
+    importance: Singles,
+    factors: Singles,
+    format_: tuple[int, np.float32, int, Singles],
+    error: Singles,
+    spans: Singles,
+) -> float:
+    """Fill the errors and the spans for some factors and return the damage: half of sum(importance * error^2).
+
+    Parameters
+    ----------
+    weight, importance
+        Shape `(rows, columns)`.
+    factors
+        What columns are multiplied by before rounding, and divided by after it: powers of two, shape `(columns,)`.
+    format_
+        Kind, largest integer, columns per unit, code book.
+    error
+        Out: weight minus its round trip, shape `(rows, columns)`.
+    spans
+        Out: least and largest value of each unit, shape `(rows, units, 2)`.
+    """
+    kind, top, size, book = format_
+    rows, columns = weight.shape
+    values = np.empty(size, np.float32)
+    damage = 0.0  # in double precision, as it sums over rows
+    for i in range(rows):
+        for unit in range(spans.shape[1]):
+            first, last = unit * size, min(columns, (unit + 1) * size)
+            low, high = _span(weight, i, first, last, factors)
+            spans[i, unit, 0], spans[i, unit, 1] = low, high
+            for j in range(first, last):
+                values[j - first] = weight[i, j] * factors[j]
+            _round(values, last - first, (low, high), kind, top, book)
+            part = _ZERO
+            for j in range(first, last):
+                e = weight[i, j] - values[j - first] / factors[j]
+                error[i, j] = e
+                part += importance[i, j] * e * e
+            damage += float(part)
+    return damage / 2
+
+
+@compiled
+def change(
+    weight: Singles,
+    importance: Singles,
+    factors: Singles,
+    format_: tuple[int, np.float32, int, Singles],
+    error: Singles,
+    spans: Singles,
+    column: int,
+    factor: np.float32,
+    keep: bool,
+    values: Singles,
+) -> float:
+    """Return by how much another factor of one column changes the damage; with `keep`, also make the change.
+
+    Parameters are those of `start`; `values` is room for one unit.
+    """
+    kind, top, size, book = format_
+    unit = column // size
+    first, last = unit * size, min(weight.shape[1], (unit + 1) * size)
+    old = factors[column]
+    factors[column] = factor
+    found = np.float64(0)
+    for i in range(weight.shape[0]):
+        low0, high0 = spans[i, unit, 0], spans[i, unit, 1]
+        was, now = weight[i, column] * old, weight[i, column] * factor
+        if was <= low0 or was >= high0:
+            low, high = _span(weight, i, first, last, factors)
+        else:
+            low, high = min(low0, now), max(high0, now)
+        same = low == low0 and high == high0 if kind == INTEGER else max(high, -low) == max(high0, -low0)
+        if same:
+            values[0] = now
+            _round(values, 1, (low, high), kind, top, book)
+            e, before = weight[i, column] - values[0] / factor, error[i, column]
+            found += importance[i, column] * (e * e - before * before)
+            if keep:
+                error[i, column] = e
+        else:
+            for j in range(first, last):
+                values[j - first] = weight[i, j] * factors[j]
+            _round(values, last - first, (low, high), kind, top, book)
+            part = _ZERO
+            for j in range(first, last):
+                e, before = weight[i, j] - values[j - first] / factors[j], error[i, j]
+                part += importance[i, j] * (e * e - before * before)
+                if keep:
+                    error[i, j] = e
+            found += part
+        if keep:
+            spans[i, unit, 0], spans[i, unit, 1] = low, high
+    if not keep:
+        factors[column] = old
+    return float(found / 2)
+
+
+@compiled
+def sweep(
+    weight: Singles,
+    importance: Singles,
+    factors: Singles,
+    formats: tuple[Longs, Singles, Longs, Singles, NDArray[np.float64]],
+    errors: Singles,
+    spans: Singles,
+    places: tuple[Longs, Longs, Longs],
+    exponents: Longs,
+    limits: tuple[int, int],
+    threshold: float,
+) -> int:
+    """Try one step up and one down for every exponent, keep what lowers the weighted damage; return how many moved.
+
+    Parameters
+    ----------
+    weight, importance, factors
+        As in `start`; the factors are changed in place.
+    formats
+        Kinds, largest integers, columns per unit, code books, weights: a row each per format.
+    errors, spans
+        As in `start`, with the formats in front; `spans` has as many units as the format with the most.
+    places
+        The columns of every scale one after the other, where those of each scale begin, and the order to go in.
+    exponents
+        Of the scales, changed in place.
+    limits
+        Power of the reader (negative), and the largest magnitude of an exponent.
+    threshold
+        Smallest fall of the damage that counts.
+    """
+    kinds, tops, sizes, books, shares = formats
+    columns, begins, order = places
+    power, limit = limits
+    values = np.empty(sizes.max(), np.float32)
+    moved = 0
+    for scale in order:
+        best, step = -threshold, 0
+        for direction in (-1, 1):
+            exponent = exponents[scale] + direction
+            if abs(exponent) > limit:
+                continue
+            factor = np.float32(2.0 ** (power * exponent))
+            cost = 0.0
+            for f in range(kinds.size):
+                format_ = (kinds[f], tops[f], sizes[f], books[f])
+                for at in range(begins[scale], begins[scale + 1]):
+                    cost += shares[f] * change(
+                        weight, importance, factors, format_, errors[f], spans[f], columns[at], factor, False, values
+                    )
+            if cost < best:
+                best, step = cost, direction
+        if step != 0:
+            exponents[scale] += step
+            moved += 1
+            factor = np.float32(2.0 ** (power * exponents[scale]))
+            for f in range(kinds.size):
+                format_ = (kinds[f], tops[f], sizes[f], books[f])
+                old = factors[columns[begins[scale]]]  # all columns of a scale share one factor
+                for at in range(begins[scale], begins[scale + 1]):
+                    change(weight, importance, factors, format_, errors[f], spans[f], columns[at], factor, True, values)
+                for at in range(begins[scale], begins[scale + 1]):
+                    factors[columns[at]] = old  # the next format starts from the same
+            for at in range(begins[scale], begins[scale + 1]):
+                factors[columns[at]] = factor
+    return moved
