@@ -27,10 +27,14 @@ class Ranges(Protocol):
     """What a data-free method looks at."""
 
     @property
-    def profile(self) -> Profile: ...
+    def profile(self) -> Profile:
+        """Ranges of the weights."""
+        ...
 
     @property
-    def spaces(self) -> tuple[Space, ...]: ...
+    def spaces(self) -> tuple[Space, ...]:
+        """The spaces that may be scaled."""
+        ...
 
 
 class Calibration(Protocol):
@@ -41,27 +45,37 @@ class Calibration(Protocol):
     """
 
     @property
-    def absmax(self) -> Mapping[str, Floats]: ...
+    def absmax(self) -> Mapping[str, Floats]:
+        """Largest magnitude of every input channel, by tensor."""
+        ...
 
 
 class Strength(Protocol):
     """The option of `smoothquant`."""
 
     @property
-    def alpha(self) -> float: ...
+    def alpha(self) -> float:
+        """Share of the spread that moves into the weights, 0 to 1."""
+        ...
 
 
 class Calibrated(Ranges, Protocol):
     """What a method looks at that needs activations."""
 
     @property
-    def binding(self) -> Binding: ...
+    def binding(self) -> Binding:
+        """Roles of the tensors."""
+        ...
 
     @property
-    def options(self) -> Strength: ...
+    def options(self) -> Strength:
+        """Options of the method."""
+        ...
 
     @property
-    def calibration(self) -> Calibration | None: ...
+    def calibration(self) -> Calibration | None:
+        """Ranges of the inputs, None if no text was run."""
+        ...
 
 
 def cle(situation: Ranges) -> Exponents:
@@ -69,8 +83,8 @@ def cle(situation: Ranges) -> Exponents:
 
     Cross-layer equalization (Nagel et al. 2019, arXiv 1906.04721, equation 11): with r the largest magnitude of what
     writes a channel (rows) and of what reads it (columns), `s = (r_reader / r_writer)^(1 / (1 + p))`, p the degree
-    between them: the square root, or the cube root behind a squared ReLU. It is meant for layers that follow each other:
-    v.o, up.down and fc1.fc2 here, not q.k.
+    between them: the square root, or the cube root behind a squared ReLU. It is meant for layers that follow each
+    other: v.o, up.down and fc1.fc2 here, not q.k.
 
     A norm's gain is no matrix with a range of its own. There the columns of all readers together are brought to their
     geometric mean, `s = (r_reader / mean)^(1 / p)`, so that the range of the space as a whole stays. This spreads the
