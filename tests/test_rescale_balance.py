@@ -272,9 +272,7 @@ def test_smoothquant_of_experts(name: str, part: str, axis: int, pooled: bool, t
     if pooled:
         x.update({key: value.max(axis=0) for key, value in x.items() if value.ndim == 2})
     found = smoothquant(case.situation)
-    (space,) = (
-        s for s in case.situation.spaces if s.layer == 0 and s.name in found and any(part in t.tensor for t in s.terms)
-    )
+    space = next(s for s in case.situation.spaces if s.name in found and any(part in t.tensor for t in s.terms))
     (key,) = (term.tensor for term in space.terms if term.power < 0)
     held = np.abs(w[key]).max(axis=axis)
     wanted = np.sqrt(np.broadcast_to(x[key], held.shape) / held)

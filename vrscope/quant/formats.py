@@ -85,9 +85,12 @@ class Format:
     scope
         Which weights share a scale.
     activations
-        Whether the layer's inputs are quantized as well, so that a model must run the real layer.
+        Whether the layer's inputs are quantized as well.
     roundtrip
         Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape.
+    inputs
+        Maps the float32 inputs `(tokens, in)` of one call of a layer to their dequantized selves; None if they stay as
+        they are, or the engine has a layer of its own that quantizes them.
     """
 
     name: str
@@ -97,6 +100,12 @@ class Format:
     scope: ScaleScope
     activations: bool
     roundtrip: Callable[[Tensor], Tensor]
+    inputs: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def replaces_layers(self) -> bool:
+        """Whether a model has to run the engine's own layers, since rounding weights and inputs is not all they do."""
+        return self.activations and self.inputs is None
 
 
 def _int4(group: int | None) -> Format:
@@ -122,6 +131,16 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("row"),
         activations=True,
         roundtrip=bnb.int8_rows,
+    ),
+    Format(
+        "w8a8",
+        "Symmetric 8-bit integers: weights with a scale per output channel, inputs with one per call of a layer.",
+        8.0,
+        "simulated",
+        ScaleScope("row"),
+        activations=True,
+        roundtrip=simulated.int8_per_row,
+        inputs=simulated.int8_per_tensor,
     ),
     Format(
         "int8-row",
