@@ -57,6 +57,7 @@ def relative_error(entry: Format, weight: torch.Tensor) -> float:
 def test_entries_are_complete() -> None:
     assert [entry.name for entry in FORMATS] == [
         "int8",
+        "w8a8",
         "int8-row",
         "int8-tensor",
         "nf4",
@@ -71,7 +72,8 @@ def test_entries_are_complete() -> None:
         assert entry.meaning.endswith(".") and not entry.meaning[0].islower()
         assert (entry.scope.size is not None) == (entry.scope.kind in {"group", "block"})
         assert 4 <= entry.bits_per_weight < 6 or entry.bits_per_weight == 8
-    assert [entry.name for entry in FORMATS if entry.activations] == ["int8"]
+    assert [entry.name for entry in FORMATS if entry.activations] == ["int8", "w8a8"]
+    assert [entry.name for entry in FORMATS if entry.replaces_layers] == ["int8"]
     assert [entry.name for entry in FORMATS if entry.scope.nested] == ["nf4-dq"]
 
 

@@ -6,42 +6,20 @@ Importing this module imports torch, so `vrscope.activations.capture` does it in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from vrscope.quant.products import PRODUCTS, Product
 
 if TYPE_CHECKING:
     from vrscope.activations.capture import OnLinear, Site
     from vrscope.activations.matching import Running
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape and strides of a matrix (out, in)
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """Where a function takes inputs and weight, and whether the weight's last dimensions are `(in, out)`."""
-
-    inputs: int
-    weight: int
-    transposed: bool
-    batched: bool = False
-
-
-_X_W = _Product(0, 1, transposed=True)
-_W_X = _Product(1, 0, transposed=False)  # weight first: inputs and outputs are (in, tokens) and (out, tokens)
-_PRODUCTS: dict[Any, tuple[_Product, ...]] = {
-    linear: (_Product(0, 1, transposed=False),),
-    torch.addmm: (_Product(1, 2, transposed=True),),
-    Tensor.addmm: (_Product(1, 2, transposed=True),),
-    torch.bmm: (_Product(0, 1, transposed=True, batched=True),),
-    Tensor.bmm: (_Product(0, 1, transposed=True, batched=True),),
-    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), (_X_W, _W_X)),
-}
 _CASTS = frozenset((Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half))
 
 
@@ -69,7 +47,7 @@ class Watch(TorchFunctionMode):
             if id(args[0]) in self._parameters and result is not args[0]:
                 self._casts[result] = args[0]
             return result
-        for how in _PRODUCTS.get(func, ()):
+        for how in PRODUCTS.get(func, ()):
             if len(args) > max(how.inputs, how.weight) and isinstance(args[how.weight], Tensor):
                 if how.batched:
                     found = [self._sites(matrix, how.transposed) for matrix in _stacked(args[how.weight])]
@@ -80,9 +58,9 @@ class Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _single(
-        self, func: Callable[..., Any], how: _Product, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Any
+        self, func: Callable[..., Any], how: Product, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Any
     ) -> Tensor:
-        flip = how is _W_X
+        flip = how.flipped
         given = args[how.inputs]
         inputs, replaced = _rows(given, flip)
         if given.requires_grad and torch.is_grad_enabled():  # so that the rows shown are part of the graph
@@ -94,7 +72,7 @@ class Watch(TorchFunctionMode):
         return again.clone() if result.requires_grad else result
 
     def _batched(
-        self, func: Callable[..., Any], how: _Product, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any
+        self, func: Callable[..., Any], how: Product, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any
     ) -> Tensor:
         given = args[how.inputs]
         inputs = given.unbind(0)

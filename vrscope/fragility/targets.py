@@ -179,9 +179,9 @@ def _ao(kind: str, version: int, name: str, *, same: bool = False, **fields: Any
     return Scheme({"_type": kind, "_version": version, "_data": fields}, name, same)
 
 
-def _compressed(name: str, weights: Mapping[str, Any], *, same: bool = False, per_token: bool = False) -> Scheme:
-    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return Scheme({"weights": dict(weights), **({"input_activations": inputs} if per_token else {})}, name, same)
+def _compressed(name: str, weights: Mapping[str, Any], *, same: bool = False, inputs: str = "") -> Scheme:
+    rounded = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": inputs, "dynamic": True}
+    return Scheme({"weights": dict(weights), **({"input_activations": rounded} if inputs else {})}, name, same)
 
 
 _GROUPS = (32, 64, 128)
@@ -200,7 +200,7 @@ TARGETS: tuple[Target, ...] = (
             "nf4-dq": _bnb_4bit("nf4", nested=True),
             "fp4": _bnb_4bit("fp4"),
             "int8": Scheme(_LLM_INT8, "LLM.int8", same=True),
-            **dict.fromkeys(("int8-row", "int8-tensor"), Scheme(_LLM_INT8, "LLM.int8")),
+            **dict.fromkeys(("int8-row", "int8-tensor", "w8a8"), Scheme(_LLM_INT8, "LLM.int8")),
             **dict.fromkeys((*(f"int4-g{size}" for size in _GROUPS), "int4-row"), _NF4_STAND_IN),
         },
         mixes=False,
@@ -217,7 +217,8 @@ TARGETS: tuple[Target, ...] = (
             "int4-row": _compressed("int4 per row", _weights(4, "channel", symmetric=False), same=True),
             "int8-row": _compressed("int8 per row", _weights(8, "channel"), same=True),
             "int8-tensor": _compressed("int8 per tensor", _weights(8, "tensor"), same=True),
-            "int8": _compressed("W8A8 without outlier columns", _weights(8, "channel"), per_token=True),
+            "int8": _compressed("W8A8 without outlier columns", _weights(8, "channel"), inputs="token"),
+            "w8a8": _compressed("W8A8", _weights(8, "channel"), same=True, inputs="tensor"),
             **dict.fromkeys(("nf4", "nf4-dq", "fp4"), _INT4_G64),
         },
         mixes=True,
@@ -235,6 +236,7 @@ TARGETS: tuple[Target, ...] = (
             "int8-row": _AO_INT8,
             "int8-tensor": _ao("Int8WeightOnlyConfig", 2, "int8 per row"),
             "int8": _ao("Int8DynamicActivationInt8WeightConfig", 2, "W8A8 without outlier columns"),
+            "w8a8": _ao("Int8DynamicActivationInt8WeightConfig", 2, "W8A8 with a scale per token"),
             **dict.fromkeys(("nf4", "nf4-dq", "fp4"), _AO_G64),
         },
         mixes=True,
@@ -246,7 +248,7 @@ TARGETS: tuple[Target, ...] = (
         {
             **dict.fromkeys(("nf4", "nf4-dq", "fp4"), Scheme("iq4_nl", "IQ4_NL")),
             **dict.fromkeys((*(f"int4-g{size}" for size in _GROUPS), "int4-row"), Scheme("q4_1", "Q4_1")),
-            **dict.fromkeys(("int8", "int8-row", "int8-tensor"), Scheme("q8_0", "Q8_0")),
+            **dict.fromkeys(("int8", "w8a8", "int8-row", "int8-tensor"), Scheme("q8_0", "Q8_0")),
         },
         mixes=True,
         render=_llama_cpp,

@@ -102,7 +102,7 @@ def find_linears(
         If there are none.
     """
     found = [weight for weight in quantized_weights(loaded.model) if loaded.causal or not _behind(weight.name)]
-    if entry.activations:  # bitsandbytes has no such layer for stacked experts
+    if entry.replaces_layers:  # bitsandbytes has no such layer for stacked experts
         found = [weight for weight in found if weight.parameter.ndim == 2]
     if not found:
         message = (

@@ -113,7 +113,7 @@ class Format:
     scope
         Which weights share a scale.
     activations
-        Whether the layer's inputs are quantized as well, so that a model must run the real layer.
+        Whether the layer's inputs are quantized as well.
     roundtrip
         Maps a float32 weight `(out, in)` to its dequantized self, float32, same shape.
     values
@@ -123,6 +123,9 @@ class Format:
         what this gives. None if `roundtrip` is that.
     levels
         What a unit of `scope` rounds to, nested scales and quantized inputs aside.
+    inputs
+        Maps the float32 inputs `(tokens, in)` of one call of a layer to their dequantized selves; None if they stay as
+        they are, or the engine has a layer of its own that quantizes them.
     """
 
     name: str
@@ -135,6 +138,12 @@ class Format:
     values: Callable[[Singles], Singles] | None = None
     reference: Callable[[Tensor], Tensor] | None = None
     levels: Levels | None = None
+    inputs: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def replaces_layers(self) -> bool:
+        """Whether a model has to run the engine's own layers, since rounding weights and inputs is not all they do."""
+        return self.activations and self.inputs is None
 
     def of_array(self, weight: Singles) -> Singles:
         """Return the round trip of a contiguous float32 array `(out, in)`, as a new one."""
@@ -181,6 +190,17 @@ FORMATS: tuple[Format, ...] = (
         activations=True,
         **_looped(roundtrip.llm_int8, bnb.int8_rows),
         levels=Levels("symmetric", 127),
+    ),
+    Format(
+        "w8a8",
+        "Symmetric 8-bit integers: weights with a scale per output channel, inputs with one per call of a layer.",
+        8.0,
+        "simulated",
+        ScaleScope("row"),
+        activations=True,
+        **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        levels=Levels("symmetric", 127),
+        inputs=simulated.int8_per_tensor,
     ),
     Format(
         "int8-row",

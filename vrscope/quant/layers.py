@@ -79,7 +79,7 @@ def quantized_weights(model: Any) -> list[QuantizedWeight]:
 
 def kept_note(model: Any, entry: Format) -> str | None:
     """Return one sentence on linear weights that the format leaves unquantized, None if there are none."""
-    if entry.activations and any(weight.parameter.ndim == 3 for weight in quantized_weights(model)):
+    if entry.replaces_layers and any(weight.parameter.ndim == 3 for weight in quantized_weights(model)):
         return f"{entry.name} leaves the stacked experts unquantized: bitsandbytes has no such layer."
     return None
 
@@ -88,8 +88,9 @@ def kept_note(model: Any, entry: Format) -> str | None:
 def quantized(model: Any, entry: Format, weights: list[QuantizedWeight] | None = None) -> Iterator[None]:
     """Quantize the model's linear weights while inside, and put the original ones back afterwards.
 
-    A weight-only format replaces weights by their dequantized selves, in the model's dtype. A format with activations
-    replaces the layers by bitsandbytes' own. Memory: one more copy of the weights that are quantized.
+    Weights become their dequantized selves, in the model's dtype, and so does, in every call, what is multiplied with
+    them if the format quantizes inputs. LLM.int8 replaces the layers by bitsandbytes' own instead. Memory: one more
+    copy of the weights that are quantized.
 
     Parameters
     ----------
@@ -102,7 +103,7 @@ def quantized(model: Any, entry: Format, weights: list[QuantizedWeight] | None =
     """
     if weights is None:
         weights = quantized_weights(model)
-    with _real_layers(model, weights) if entry.activations else _roundtripped(weights, entry):
+    with _real_layers(model, weights) if entry.replaces_layers else _roundtripped(weights, entry):
         yield
 
 
@@ -115,11 +116,24 @@ def _roundtripped(weights: list[QuantizedWeight], entry: Format) -> Iterator[Non
         for weight, original in zip(weights, originals, strict=True):
             weight.parameter.data = original.clone()
             for matrix in weight.matrices(weight.parameter.data):
-                matrix.copy_(roundtrip(matrix.float().contiguous()))
-        yield
+                matrix.copy_(entry.by_engine(matrix.float().contiguous()))
+        with _rounded_inputs(weights, entry):
+            yield
     finally:
         for weight, original in zip(weights, originals, strict=True):
             weight.parameter.data = original
+
+
+@contextmanager
+def _rounded_inputs(weights: list[QuantizedWeight], entry: Format) -> Iterator[None]:
+    if entry.inputs is None:
+        yield
+        return
+    from vrscope.quant.products import RoundedInputs
+
+    # Each weight is a copy of its own by now, so that its memory tells it from all others.
+    with RoundedInputs([weight.parameter.data for weight in weights], entry.inputs):
+        yield
 
 
 @contextmanager

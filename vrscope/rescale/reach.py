@@ -107,8 +107,10 @@ def row_column_factors(
 
 
 def _feels(entry: Format, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> bool:
-    if entry.activations and bool(np.any(columns != 1.0)):
-        return True  # the input is divided by the column factors: its own scale and its outliers change
+    if entry.replaces_layers and bool(np.any(columns != 1.0)):
+        return True  # the input is divided by the column factors, and its outliers change against a fixed threshold
+    if entry.inputs is not None and bool(np.any(columns != columns[:, :1])):
+        return True  # the same without a threshold: a factor that all columns share is absorbed by the input's scale
     return any(entry.scope.feels(row, column) for row, column in zip(rows, columns, strict=True))
 
 
@@ -123,8 +125,10 @@ def _reason(entry: Format, felt: int, total: int, plan: RescalePlan) -> str:
     }[entry.scope.kind]
     if entry.scope.nested:
         scope += ", itself quantized against the others"
-    if entry.activations:
+    if entry.replaces_layers:
         scope += ", and its inputs are quantized with a fixed outlier threshold"
+    elif entry.inputs is not None:
+        scope += ", and one scale for all of a layer's inputs"
     if felt:
         return (
             f"The format has {scope}. In {felt} of {total} weights the plan's factors differ inside such a unit"
