@@ -140,8 +140,10 @@ def _gain(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> 
         return [_say(NOTE, text)] if words else []
     measure, name = ("kl", "mean KL") if damage["kl"].notna().any() else ("relative_error", "relative error")
     first, other = list(dict.fromkeys(damage["checkpoint"]))[:2]
+    rows: dict[tuple[str, str], Mapping[Any, Any]]
     rows = {(row["checkpoint"], row["format"]): row.to_dict() for _, row in damage.iterrows()}
-    words, levels = [], set()
+    words: list[str] = []
+    levels, last = set(), ""
     for scheme in dict.fromkeys(gains["format"]):
         pair = [rows.get((key, scheme), {}) for key in (first, other)]
         found = removed(pair[0], pair[1], measure)
@@ -150,7 +152,8 @@ def _gain(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> 
         levels.add(NOTE if not found.clear or found.share == 0 else GOOD if found.share > 0 else BAD)
         verb = "fell by" if found.share > 0 else "rose by" if found.share < 0 else "stayed, by"
         noise = "" if found.clear else " (within noise)"
-        words.append(f"{verb} {found.percent} with {scheme}{noise}")
+        words.append(f"{'' if verb == last else f'{verb} '}{found.percent} with {scheme}{noise}")
+        last = verb
     if not words:
         return []
     level = next(kind for kind in (BAD, GOOD, NOTE) if kind in levels)
@@ -167,6 +170,7 @@ def _sources(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
     gains = tables.get("gains")
     if gains is None or gains.empty:
         return []
+    gains = gains.dropna(subset=["damage_before", "damage_after"])
     findings = []
     for scheme, rows in gains.groupby("format", sort=False):
         before, after = float(rows["damage_before"].sum()), float(rows["damage_after"].sum())

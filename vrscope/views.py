@@ -315,7 +315,7 @@ def _gains(title: str, frame: pd.DataFrame, everything: bool) -> None:
     if everything:
         _show(title, frame, GAINS)
         return
-    _show(f"{title}, by rule (--all shows every space)", gains_by_rule(frame), GAIN_RULES)
+    _show(f"{title}, by rule (--all shows every space)", _by_format(gains_by_rule(frame)), GAIN_RULES)
 
 
 def _approximate(title: str, frame: pd.DataFrame, everything: bool) -> None:

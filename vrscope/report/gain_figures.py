@@ -46,10 +46,10 @@ def rule_bars(rules: Sequence[str], sides: tuple[Floats, Floats], axis: str, nam
         return to_svg(figure, label, name)
 
 
-def layer_bars(layers: Floats, sides: tuple[Floats, Floats], axis: str, name: str) -> str:
+def layer_bars(layers: Floats, sides: tuple[Floats, Floats], unit: str, name: str) -> str:
     """Return damage over layers: the damage after as narrow bars upon those of the damage before."""
     worst = [int(np.argmax(values)) for values in sides]
-    label = f"{axis}, over {len(layers)} layers: " + "; ".join(
+    label = f"Predicted damage over {len(layers)} layers, {unit}: " + "; ".join(
         f"{when} it is largest in layer {int(layers[k])} with {number(values[k], 3)} of {number(values.sum(), 3)}"
         for when, k, values in zip(("before", "after"), worst, sides, strict=True)
     )
@@ -62,26 +62,29 @@ def layer_bars(layers: Floats, sides: tuple[Floats, Floats], axis: str, name: st
         axes.set_ylim(0, 1.05 * float(max(map(np.max, sides))) or 1)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("layer, numbered as in the tensor names")
-        axes.set_ylabel(axis)
+        axes.set_ylabel(unit)
         axes.locator_params(axis="x", nbins=8, integer=True)
         axes.locator_params(axis="y", nbins=5)
         return to_svg(figure, label, name)
 
 
-def error_panel(lines: Mapping[str, DepthLine], limits: tuple[float, float], name: str) -> str:
-    """Return relative output errors over layers on a log axis, one line per checkpoint in the colours of series."""
+def error_panel(lines: Mapping[str, DepthLine | None], limits: tuple[float, float], name: str) -> str:
+    """Return relative output errors over layers on a log axis, one line per checkpoint in the colours of series.
+
+    A checkpoint without a line keeps its colour.
+    """
+    drawn = [(key, SERIES[min(k, len(SERIES) - 1)], line) for k, (key, line) in enumerate(lines.items()) if line]
     label = "Relative output error over layers, median: " + "; ".join(
-        f"{key} {number(np.median(line.middle), 3)}" for key, line in lines.items()
+        f"{key} {number(np.median(line.middle), 3)}" for key, _, line in drawn
     )
     with drawing():
         figure = canvas(_WIDTH, 186)
         axes = figure.add_axes((56 / _WIDTH, 38 / 186, 238 / _WIDTH, 140 / 186))
-        for k, line in enumerate(lines.values()):
-            colour = SERIES[min(k, len(SERIES) - 1)]
+        for _, colour, line in drawn:
             if np.any(line.high > line.low):
                 axes.fill_between(line.layers, line.low, line.high, color=colour, alpha=0.25, linewidth=0)
             axes.plot(line.layers, line.middle, color=colour, linewidth=1.3, marker="o", markersize=3.2)
-        ends = [edge for line in lines.values() for edge in (line.layers.min(), line.layers.max())]
+        ends = [edge for _, _, line in drawn for edge in (line.layers.min(), line.layers.max())]
         margin = max(0.5, (max(ends) - min(ends)) * 0.03)
         axes.set_xlim(min(ends) - margin, max(ends) + margin)
         log_axis(axes, limits)

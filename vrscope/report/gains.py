@@ -111,7 +111,7 @@ def _charts(rows: GainRows, unit: str) -> list[Block]:
             inside = [i for i in at if np.isfinite(rows.layers[i])]
             order = sorted(layers)
             sides = _sides([rows.sums([inside[i] for i in layers[layer]]) for layer in order])
-            svg = gain_figures.layer_bars(np.array(order, np.float64), sides, axis, f"layer-{k}")
+            svg = gain_figures.layer_bars(np.array(order, np.float64), sides, unit, f"layer-{k}")
             by_layer.append(Figure(svg, name or MISSING, ""))
     note = "Panels have scales of their own. Sums over spaces."
     if len(rows.names()) > _FORMATS:
@@ -218,7 +218,7 @@ def _exponents(report: Report) -> tuple[list[Block], dict[str, Any]]:
         block, maps[name] = _exponent_map(rule or MISSING, (far, layers[rows], counts[rows]), name)
         blocks.append(block)
     if blocks:
-        blocks.append(_exponent_table(frame, rules, values, counts))
+        blocks.append(_exponent_table(rules, values, counts))
     return blocks, maps
 
 
@@ -248,7 +248,7 @@ def _exponent_map(rule: str, data: tuple[NDArray[np.int64], Floats, Floats], nam
     return Figures((Figure(svg, title, label, hover=name),), legend, note=note), hover
 
 
-def _exponent_table(frame: pd.DataFrame, rules: list[str], values: Floats, counts: Floats) -> Table:
+def _exponent_table(rules: list[str], values: Floats, counts: Floats) -> Table:
     """Count every exponent over all layers, also of spaces outside them."""
     groups = _grouped(rules)
     found = sorted({int(k) for k in np.clip(np.rint(values[np.isfinite(values)]), -_FURTHEST, _FURTHEST)}, reverse=True)
@@ -262,4 +262,4 @@ def _exponent_table(frame: pd.DataFrame, rules: list[str], values: Floats, count
         )
         for k in found
     )
-    return Table("Scales by exponent", tuple(heads), rows, fold=f"Show the counts of {number(len(frame))} rows")
+    return Table("Scales by exponent", tuple(heads), rows, fold="Show how often each exponent occurs")

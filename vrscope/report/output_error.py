@@ -70,17 +70,15 @@ def _panels(rows: _Rows, name: str, names: dict[str, str], place: int, formats: 
     roles = list(dict.fromkeys(rows.roles[k] for k in mine))
     for k, role in enumerate(roles[:_PANELS]):
         at = [i for i in mine if rows.roles[i] == role]
-        lines = {}
-        for key, shown in names.items():
-            line = _line(rows, [i for i in at if rows.checkpoints[i] == key])
-            if line is not None:
-                lines[shown] = line
+        lines = {shown: _line(rows, [i for i in at if rows.checkpoints[i] == key]) for key, shown in names.items()}
         svg = gain_figures.error_panel(lines, limits, f"error-{place}-{k}")
-        medians = [float(np.median(line.middle)) for line in lines.values()]
+        medians = [float(np.median(line.middle)) if line else np.nan for line in lines.values()]
         words = change(medians[0], medians[1]) if len(medians) > 1 else ""
-        items.append(Figure(svg, role or MISSING, "", f"median over layers {words}" if words else ""))
+        items.append(
+            Figure(svg, role or MISSING, "", f"median over layers {words}" if words not in {"", MISSING} else "")
+        )
     legend = tuple(Swatch(f"--series-{min(k, 4)}", "line", shown) for k, shown in enumerate(names.values()))
-    note = "Error over signal of each weight's output, this weight alone quantized, on held-out text; one scale."
+    note = "Error over signal of each weight's output, this weight alone quantized, on held-out text. Panels share their scale."
     if len(roles) > _PANELS:
         note += f" {_PANELS} of {number(len(roles))} roles are drawn."
     if place == _FORMATS - 1 and formats > _FORMATS:

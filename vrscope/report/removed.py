@@ -28,7 +28,7 @@ class Removed:
         return f"{value:.{places}f} ± {error:.{places}f} %"
 
 
-def removed(first: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> Removed | None:
+def removed(first: Mapping[Any, Any], other: Mapping[Any, Any], measure: str) -> Removed | None:
     """Return by what share `measure` is lower in `other` than in `first`, two rows of the table "damage".
 
     Both are means over the same tokens. With a, b the means and d = b - a, the share is r = -d / a, and its variance by
