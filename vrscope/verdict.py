@@ -131,13 +131,15 @@ def _gain(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> 
         return []
     if damage is None or damage["checkpoint"].nunique() < 2:
         sums = gains.groupby("format", sort=False)[["damage_before", "damage_after"]].sum()
-        words = [
+        shares = [
             f"{1 - row['damage_after'] / row['damage_before']:.0%} of the damage of {name}"
             for name, row in sums.iterrows()
             if row["damage_before"] > 0
         ]
-        text = f"These scales are predicted to remove {_listed(words)}, on held-out calibration text; not yet measured."
-        return [_say(NOTE, text)] if words else []
+        text = (
+            f"These scales are predicted to remove {_listed(shares)}, on held-out calibration text; not yet measured."
+        )
+        return [_say(NOTE, text)] if shares else []
     measure, name = ("kl", "mean KL") if damage["kl"].notna().any() else ("relative_error", "relative error")
     first, other = list(dict.fromkeys(damage["checkpoint"]))[:2]
     rows: dict[tuple[str, str], Mapping[Any, Any]]

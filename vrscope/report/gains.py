@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from vrscope.report.removed import removed
 from vrscope.report.svg import HEAT, VARIABLES
 from vrscope.report.text import MISSING, change, number
 from vrscope.tables import Report
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 _FORMATS, _RULES, _TOP, _FURTHEST = 6, 8, 10, 12

@@ -78,7 +78,9 @@ def _panels(rows: _Rows, name: str, names: dict[str, str], place: int, formats: 
             Figure(svg, role or MISSING, "", f"median over layers {words}" if words not in {"", MISSING} else "")
         )
     legend = tuple(Swatch(f"--series-{min(k, 4)}", "line", shown) for k, shown in enumerate(names.values()))
-    note = "Error over signal of each weight's output, this weight alone quantized, on held-out text. Panels share their scale."
+    note = (
+        "Error over signal of a weight's output, that weight alone quantized, on held-out text. Panels share a scale."
+    )
     if len(roles) > _PANELS:
         note += f" {_PANELS} of {number(len(roles))} roles are drawn."
     if place == _FORMATS - 1 and formats > _FORMATS:
