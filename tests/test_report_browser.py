@@ -64,6 +64,8 @@ def browser() -> Iterator[Browser]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     reports = {"run": samples.run_report(), "hostile": samples.hostile_report(), "large": large_report()}
+    reports["story"] = samples.story_report()
+    reports["hostile story"] = samples.hostile_report(reports["story"])
     for name, report in reports.items():
         html.write(report, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in reports}
@@ -110,7 +112,7 @@ def numbers(texts: list[str]) -> list[float]:
     return [float(t.replace(",", "").replace("−", "-")) for t in texts if t != "–"]
 
 
-@pytest.mark.parametrize("name", ["run", "hostile", "large"])
+@pytest.mark.parametrize("name", ["run", "hostile", "large", "story", "hostile story"])
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
 def test_page_opens_without_errors_requests_or_sideways_scroll(
     name: str, viewport: dict[str, int], visit: Open
@@ -251,6 +253,34 @@ def test_a_cell_of_the_map_tells_its_number(visit: Open) -> None:
     assert not tip.is_visible()
 
 
+def test_the_story_of_a_rescale_is_drawn_folded_and_tells_its_numbers(visit: Open) -> None:
+    opened = visit("story")
+    page = opened.page
+    first = page.locator(".verdict li").first.inner_text()
+    assert "fell by 60.00 ± 0.57 % with int4-g64" in first
+    drawing = page.locator("[data-map=exponents-0] svg")
+    drawing.scroll_into_view_if_needed()
+    box = drawing.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.985, box["y"] + box["height"] * 0.04)
+    tip = page.locator("#tip").inner_text()
+    assert tip.startswith("Layer 29, k = +5\nshare of scales: ")
+    assert (
+        page.locator("#gains figure svg[role=img][aria-label]").count() == page.locator("#gains figure").count() == 20
+    )
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids))
+    assert page.locator("#limits .points li").count() == 5
+    table = page.locator("#limits details table").first
+    assert not table.is_visible()
+    page.locator("#limits summary").first.click()
+    assert table.is_visible()
+    overlap = page.evaluate(
+        """() => [...document.querySelectorAll("#gains .panels figure")].filter((e) =>
+             e.getBoundingClientRect().right > document.documentElement.clientWidth).length"""
+    )
+    assert overlap == 0
+
+
 def test_figures_follow_the_colour_scheme(visit: Open) -> None:
     seen = {}
     for scheme in ("light", "dark"):
@@ -277,7 +307,7 @@ def test_print_shows_the_report_without_its_controls(visit: Open) -> None:
 
 
 def test_everything_that_scrolls_can_be_reached_and_is_named(visit: Open) -> None:
-    page = visit("run").page
+    page = visit("story").page
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll(".scroll, table, svg:not(.ruler), nav, input")].filter((e) =>
              !(e.getAttribute("aria-label") || e.caption?.textContent || e.labels?.length)).length"""

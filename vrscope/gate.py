@@ -149,6 +149,7 @@ def _columns(table: str) -> list[str]:
     from vrscope.quant.weights import WEIGHT_ERROR_COLUMNS
     from vrscope.rescale.bounds import BOUND_COLUMNS
     from vrscope.rescale.describe import MATRIX_COLUMNS, SPACE_COLUMNS
+    from vrscope.rescale.gains import EXPONENT_COLUMNS, GAIN_COLUMNS, LAYER_ERROR_COLUMNS
     from vrscope.rescale.reach import REACH_COLUMNS
     from vrscope.stats.depth_law import DEPTH_LAW_COLUMNS
     from vrscope.stats.measure import SPECTRAL_COLUMNS, TENSOR_COLUMNS
@@ -162,7 +163,10 @@ def _columns(table: str) -> list[str]:
         "damage": DAMAGE_COLUMNS,
         "depth_law": DEPTH_LAW_COLUMNS,
         "experts": EXPERT_COLUMNS,
+        "exponents": EXPONENT_COLUMNS,
+        "gains": GAIN_COLUMNS,
         "heads": HEAD_COLUMNS,
+        "layer_error": LAYER_ERROR_COLUMNS,
         "matrices": MATRIX_COLUMNS,
         "outlier_dimensions": OUTLIER_COLUMNS,
         "reach": REACH_COLUMNS,

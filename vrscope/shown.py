@@ -1,8 +1,12 @@
-"""How a column of results looks in a terminal, and the columns of the tables on fragility and recipes."""
+"""How a column of results looks in a terminal, and the columns of the tables on gains, fragility and recipes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +54,47 @@ CORRELATION = (
     Shown("expected", "expected"),
     Shown("outcome", "outcome"),
 )
+APPROXIMATE = (
+    Shown("space", "space"),
+    Shown("rule", "rule"),
+    Shown("size", "scales", ".0f"),
+    Shown("changed", "changed", ".0f"),
+    Shown("exponent_min", "lowest k", "g"),
+    Shown("exponent_max", "highest k", "g"),
+    Shown("eps", "eps", ".3g"),
+    Shown("mean_square", "estimated m", ".3g"),
+    Shown("bound", "bound", ".2g"),
+)
+_GAIN = (
+    Shown("damage_before", "predicted before", "#.3g"),
+    Shown("damage_after", "after", "#.3g"),
+    Shown("removed_share", "removed", ".1%"),
+)
+GAINS = (
+    Shown("format", "format"),
+    Shown("space", "space"),
+    Shown("rule", "rule"),
+    Shown("method", "scales from"),
+    Shown("stage", "found by"),
+    *_GAIN,
+    Shown("reason", "why"),
+)
+GAIN_RULES = (
+    Shown("format", "format"),
+    Shown("rule", "rule"),
+    Shown("space", "spaces", ".0f"),
+    Shown("methods", "scales from"),
+    *_GAIN,
+)
+
+
+def gains_by_rule(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table "gains" summed over the spaces of one format and rule, and how many each method won."""
+    summary = frame.groupby(["format", "rule"], sort=False, as_index=False).agg(
+        space=("space", "size"),
+        methods=("method", lambda names: ", ".join(f"{name} {count}" for name, count in names.value_counts().items())),
+        damage_before=("damage_before", "sum"),
+        damage_after=("damage_after", "sum"),
+    )
+    before = summary["damage_before"]
+    return summary.assign(removed_share=1 - summary["damage_after"] / before.where(before > 0))

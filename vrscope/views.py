@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vrscope.console import emit, escape, print_table, say
-from vrscope.shown import ADDITIVITY, CORRELATION, RECIPE, SENSITIVITY, Shown
+from vrscope.shown import (
+    ADDITIVITY,
+    APPROXIMATE,
+    CORRELATION,
+    GAIN_RULES,
+    GAINS,
+    RECIPE,
+    SENSITIVITY,
+    Shown,
+    gains_by_rule,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +27,7 @@ if TYPE_CHECKING:
     from vrscope.tables import Report
 
 _FEW = 10  # rows of the short form of a long table
-_OUTCOME = frozenset(("damage", "reach"))
+_OUTCOME = frozenset(("damage", "gains", "reach"))
 _MARKS = {"good": ("+", "green"), "note": ("-", ""), "bad": ("!", "bold red")}
 
 
@@ -81,17 +91,6 @@ _MATRICES = (
     Shown("std_after", "after", ".4g"),
     Shown("target_std", "target", ".4g"),
     Shown("left", "after / target", ".3g"),
-)
-_APPROXIMATE = (
-    Shown("space", "space"),
-    Shown("rule", "rule"),
-    Shown("size", "scales", ".0f"),
-    Shown("changed", "changed", ".0f"),
-    Shown("exponent_min", "lowest k", "g"),
-    Shown("exponent_max", "highest k", "g"),
-    Shown("eps", "eps", ".3g"),
-    Shown("mean_square", "estimated m", ".3g"),
-    Shown("bound", "bound", ".2g"),
 )
 _REACH = (
     Shown("format", "format"),
@@ -312,11 +311,18 @@ def _spaces(title: str, frame: pd.DataFrame, everything: bool) -> None:
     _show(f"{title}, by rule (medians; --all shows every space)", summary, columns)
 
 
+def _gains(title: str, frame: pd.DataFrame, everything: bool) -> None:
+    if everything:
+        _show(title, frame, GAINS)
+        return
+    _show(f"{title}, by rule (--all shows every space)", _by_format(gains_by_rule(frame)), GAIN_RULES)
+
+
 def _approximate(title: str, frame: pd.DataFrame, everything: bool) -> None:
     if not everything and len(frame) > _FEW:
         title = f"{title}: of {len(frame)} spaces the {_FEW} with the largest bound (--all shows all)"
         frame = frame.nlargest(_FEW, "bound")
-    _show(title, frame, _APPROXIMATE)
+    _show(title, frame, APPROXIMATE)
 
 
 def _matrices(title: str, frame: pd.DataFrame, everything: bool) -> None:
@@ -369,6 +375,7 @@ def _first(noun: str, columns: Sequence[Shown]) -> Callable[[str, pd.DataFrame, 
 _VIEWS: tuple[tuple[str, str, Callable[[str, pd.DataFrame, bool], None]], ...] = (
     ("proof", "Proof", _whole(_PROOF)),
     ("damage", "Damage of the whole model, against the original unquantized one", _damage),
+    ("gains", "Where the gain is predicted to come from", _gains),
     ("recipe_summary", "The recipe beside its extremes", _whole(RECIPE)),
     ("sensitivity", "Damage of each unit quantized alone", _first("units", SENSITIVITY)),
     ("additivity", "Do single damages add up?", _whole(ADDITIVITY)),

@@ -1,4 +1,4 @@
-"""What a page is made of: sections of tables, figures, paragraphs, and the table of all tensors.
+"""What a page is made of: sections of tables, figures, paragraphs, lists, and the table of all tensors.
 
 These are plain values without HTML. The section modules fill them from result tables, and the templates draw them; each
 block names its own kind, and the template has one branch per kind.
@@ -75,13 +75,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Drawings that belong together under one legend; `small` ones stand beside each other."""
+    """Drawings that belong together under one title and legend; `small` ones stand beside each other."""
 
     kind: ClassVar[str] = "figures"
     items: tuple[Figure, ...]
     legend: tuple[Swatch, ...] = ()
     small: bool = False
     note: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,14 @@ class Text:
 
     kind: ClassVar[str] = "text"
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """A short list: each point with the words it starts with, set in bold, and the rest of its sentence."""
+
+    kind: ClassVar[str] = "points"
+    items: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,7 @@ class Explorer:
     name_length: int
 
 
-Block = Table | Figures | Text | Explorer
+Block = Table | Figures | Text | Points | Explorer
 
 
 @dataclass(frozen=True, slots=True)

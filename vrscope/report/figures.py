@@ -134,7 +134,7 @@ def depth_panel(
             axes.plot(line.layers, line.middle, color=colour, linewidth=1.2, marker="o", markersize=3.2)
         margin = max(1.0, last * 0.03)
         axes.set_xlim(1 - margin / 2, last + margin / 2)
-        _log_axis(axes, limits)
+        log_axis(axes, limits)
         axes.set_xlabel("layer, counted from 1")
         axes.set_ylabel("std of weights")
         axes.locator_params(axis="x", nbins=6, integer=True)
@@ -153,14 +153,15 @@ def magnitude_lines(layers: Floats, lines: Sequence[Floats], label: str) -> str:
             axes.plot(layers, np.where(line > 0, line, np.nan), color=colour, linewidth=1.4, marker="o", markersize=3.4)
         margin = max(0.5, (layers.max() - layers.min()) * 0.02)
         axes.set_xlim(layers.min() - margin, layers.max() + margin)
-        _log_axis(axes, (low / 1.6, high * 1.6))
+        log_axis(axes, (low / 1.6, high * 1.6))
         axes.set_xlabel("layer that the hidden state enters, as in the tensor names; the last point leaves the model")
         axes.set_ylabel("magnitude")
         axes.locator_params(axis="x", nbins=16, integer=True)
         return to_svg(figure, label, "magnitudes")
 
 
-def _log_axis(axes: Axes, limits: tuple[float, float]) -> None:
+def log_axis(axes: Axes, limits: tuple[float, float]) -> None:
+    """Make the y axis of a drawing logarithmic between `limits`, with round ticks."""
     from matplotlib import ticker
 
     low, high = limits
@@ -231,7 +232,7 @@ def histogram_panel(edges: Floats, counts: Floats, total: float, name: str, labe
         axes.plot(centres[shown], expected[shown], color=LAW, linewidth=1.5, linestyle=(0, (5, 3)))
         axes.set_xlim(edges[0], edges[-1])
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(_tick))
-        _log_axis(axes, (0.5, max(10.0, 2 * float(counts.max()), 2 * float(expected.max(initial=0)))))
+        log_axis(axes, (0.5, max(10.0, 2 * float(counts.max()), 2 * float(expected.max(initial=0)))))
         axes.set_xlabel("(weight − mean) / std")
         axes.set_ylabel("count")
         axes.axvline(0, color=LINE, linewidth=0.8, zorder=0)

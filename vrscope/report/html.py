@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrscope.report import activations, damage, depth, fragility, limits, record, rounding, tails, tensors
+from vrscope.report import activations, damage, depth, fragility, gains, limits, record, rounding, tails, tensors
 from vrscope.report.headline import headline
 from vrscope.tables import Report, write_text
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 _BUILDERS = (
     damage.damage,
+    gains.gains,
+    limits.limits,
     fragility.recipe,
     fragility.sensitivity,
     fragility.correlation,
-    limits.limits,
     depth.depth,
     tails.tails,
     tails.histograms,
@@ -99,7 +100,7 @@ def _payload(sections: list[Section]) -> dict[str, Any]:
     merged: dict[str, Any] = {"maps": {}}
     for section in sections:
         for key, value in section.payload.items():
-            if section.id == "tails":
+            if section.id in {"tails", "gains"}:
                 merged["maps"][key] = value
             else:
                 merged[key] = value

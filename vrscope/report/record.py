@@ -19,7 +19,7 @@ _SHOWN = frozenset(
     {
         "damage", "weight_error", "tensors", "depth_law", "histograms", "spaces", "matrices", "unreachable", "reach",
         "proof", "activations", "residual", "outlier_dimensions", "experts", "approximate",
-        "sensitivity", "correlation", "additivity", "recipe", "recipe_summary",
+        "sensitivity", "correlation", "additivity", "recipe", "recipe_summary", "gains", "exponents", "layer_error",
     }
 )  # fmt: skip
 _KNOWN = (
