@@ -164,10 +164,12 @@ def run(
     done = apply_plan(checkpoint, binding, chosen, target, force=force, progress=progress, accept=accept)
     rescaled = open_checkpoint(target)
     after = profile_weights(rescaled, binding, default_executor(), progress)
+    both = {ORIGINAL: checkpoint, RESCALED: rescaled}
     for more, described in (
         stages.fill_plan(checkpoint, binding, done, (before, after), entries),
         proof.fill_proof(rows),
-        stages.fill_damage({ORIGINAL: checkpoint, RESCALED: rescaled}, entries, sample, (device, "float32"), progress),
+        stages.fill_layer_error(both, binding.roles, entries, sample, device, progress),
+        stages.fill_damage(both, entries, sample, (device, "float32"), progress),
     ):
         tables |= more
         columns |= described

@@ -260,8 +260,11 @@ def fill_plan(
     profiles: tuple[Profile, Profile],
     formats: Sequence[Format],
 ) -> Filled:
-    """Return the tables "spaces", "matrices", "unreachable" and "reach" of a plan, and "approximate" if it needs it."""
-    from vrscope.rescale import describe
+    """Return the tables "spaces", "matrices", "unreachable", "reach" and "exponents" of a plan.
+
+    Besides "approximate" if it needs it, and "gains" if its method predicted any.
+    """
+    from vrscope.rescale import describe, gains
     from vrscope.rescale.bounds import BOUND_COLUMNS, describe_bounds
     from vrscope.rescale.reach import REACH_COLUMNS, reach
 
@@ -270,13 +273,17 @@ def fill_plan(
         "matrices": describe.describe_matrices(binding, plan, profiles),
         "unreachable": describe.describe_unreachable(binding, plan.scales),
         "reach": reach(checkpoint, binding, plan, formats),
+        "exponents": gains.exponent_table(binding, plan),
     }
     columns: Columns = {
         "spaces": describe.SPACE_COLUMNS,
         "matrices": describe.MATRIX_COLUMNS,
         "unreachable": describe.UNREACHABLE_COLUMNS,
         "reach": REACH_COLUMNS,
+        "exponents": gains.EXPONENT_COLUMNS,
     }
+    if plan.gains:
+        tables["gains"], columns["gains"] = gains.gain_table(plan.gains), gains.GAIN_COLUMNS
     if plan.approximate:
         tables["approximate"] = describe_bounds(binding, plan, profiles[0])
         columns["approximate"] = BOUND_COLUMNS
@@ -311,6 +318,37 @@ def fill_damage(
     tables["weight_error"] = pd.concat(frames, ignore_index=True)
     columns["weight_error"] = _weight_error_columns()
     return tables, columns
+
+
+def fill_layer_error(
+    checkpoints: Mapping[str, Checkpoint],
+    roles: Mapping[str, TensorRole],
+    formats: Sequence[Format],
+    sample: TextSample,
+    device: str,
+    progress: Progress,
+) -> Filled:
+    """Return the table "layer_error": how far every layer's output is off in the formats that keep inputs as they are.
+
+    Measured on the first window of the sample.
+    """
+    import pandas as pd
+
+    from vrscope.activations.output_error import output_errors
+    from vrscope.quant.loading import load_model, release, resolve_device
+    from vrscope.rescale.gains import LAYER_ERROR_COLUMNS
+
+    entries = [entry for entry in formats if not entry.activations]
+    first = replace(sample, windows=sample.windows[:1])
+    rows = []
+    for label, checkpoint in checkpoints.items():
+        loaded = load_model(checkpoint, resolve_device(device), "float32", copies=1)
+        found = output_errors(loaded, checkpoint, roles, entries, first, progress)
+        del loaded
+        release()
+        rows += [(name, roles[name].role, roles[name].layer, f, label, error) for (name, f), error in found.items()]
+    frame = pd.DataFrame(rows, columns=[column.name for column in LAYER_ERROR_COLUMNS]).astype({"layer": "Int64"})
+    return {"layer_error": frame}, {"layer_error": LAYER_ERROR_COLUMNS}
 
 
 def sample_facts(sample: TextSample | None, device: str, dtype: str) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Format:
         The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
         what this gives. None if `roundtrip` is that.
     levels
-        What a unit of `scope` rounds to, nested scales and quantized inputs aside.
+        What a unit of `scope` rounds to, nested scales, quantized inputs and the float16 steps of LLM.int8 aside.
     inputs
         Maps the float32 inputs `(tokens, in)` of one call of a layer to their dequantized selves; None if they stay as
         they are, or the engine has a layer of its own that quantizes them.

@@ -116,7 +116,7 @@ def _roundtripped(weights: list[QuantizedWeight], entry: Format) -> Iterator[Non
         for weight, original in zip(weights, originals, strict=True):
             weight.parameter.data = original.clone()
             for matrix in weight.matrices(weight.parameter.data):
-                matrix.copy_(entry.by_engine(matrix.float().contiguous()))
+                matrix.copy_(roundtrip(matrix.float().contiguous()))
         with _rounded_inputs(weights, entry):
             yield
     finally:

@@ -1,0 +1,137 @@
+"""The search against round trips of the formats themselves: damage, single steps, descent, and what is held out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vrscope.quant.formats import FORMATS, get_format
+from vrscope.rescale.readers import Reader
+from vrscope.rescale.search import _Work, search
+
+SEARCHED = [entry.name for entry in FORMATS if entry.levels is not None and not entry.scope.nested and entry.name != "int8"]
+ROWS, COLUMNS = 48, 192
+
+
+def reader(seed: int = 0, ids: np.ndarray | None = None, power: int = -1, columns: int = COLUMNS) -> Reader:
+    generator = np.random.default_rng(seed)
+    weight = (generator.standard_normal((ROWS, columns)) * 0.05).astype(np.float32)
+    spread = np.exp(2 * generator.standard_normal(columns))
+    importance = (spread * generator.exponential(size=(ROWS, columns))).astype(np.float32)
+    held_out = (spread * generator.exponential(size=(ROWS, columns))).astype(np.float32)
+    return Reader(np.arange(columns) if ids is None else ids, power, weight, importance, held_out)
+
+
+def true_damage(own: Reader, name: str, exponents: np.ndarray, held_out: bool = False) -> float:
+    """Return the damage through the format's own round trip, in float64."""
+    factors = np.exp2(own.power * np.append(exponents, 0)[own.ids]).astype(np.float32)
+    error = own.weight - get_format(name).of_array(np.ascontiguousarray(own.weight * factors)) / factors
+    return float(((own.held_out if held_out else own.importance) * error.astype(np.float64) ** 2).sum() / 2)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_damage_is_that_of_the_format(name: str) -> None:
+    exponents = np.random.default_rng(1).integers(-3, 4, COLUMNS)
+    for own in (reader(), reader(power=-2)):
+        found = _Work.of(own, [get_format(name)]).damage(exponents, held_out=False)
+        assert found[0] == pytest.approx(true_damage(own, name, exponents), rel=1e-4)
+
+
+@pytest.mark.parametrize("columns", [192, 100, 40])
+@pytest.mark.parametrize("name", ["int4-g64", "nf4", "int8-row"])
+def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None:
+    from vrscope.rescale.search_kernels import change
+
+    own = reader(2, columns=columns)
+    work = _Work.of(own, [get_format(name)])
+    exponents = np.random.default_rng(3).integers(-2, 3, columns)
+    before = work.damage(exponents, held_out=False)[0]
+    factors = work.factors(exponents)
+    format_ = tuple(part[0] for part in work.formats[:4])
+    values = np.empty(int(format_[2]), np.float32)
+    for column in (0, 7, columns - 1):
+        for step in (-2, 1):
+            trial = exponents.copy()
+            trial[column] += step
+            factor = np.float32(2.0 ** -float(trial[column]))
+            arguments = (own.weight, own.importance, factors, format_, work.errors[0], work.spans[0])
+            told = change(*arguments, column, factor, False, values)
+            fresh = _Work.of(own, [get_format(name)])
+            after = fresh.damage(trial, held_out=False)[0]
+            assert told == pytest.approx(after - before, rel=1e-3, abs=1e-6 * before)
+            assert change(*arguments, column, factor, True, values) == pytest.approx(told, rel=1e-6, abs=1e-9 * before)
+            np.testing.assert_array_equal(work.errors[0], fresh.errors[0])
+            np.testing.assert_array_equal(work.spans[0], fresh.spans[0])
+            change(*arguments, column, np.float32(2.0 ** -float(exponents[column])), True, values)
+
+
+@pytest.mark.parametrize("names", [("int4-g64",), ("nf4",), ("int4-g64", "nf4")])
+def test_the_search_lowers_the_true_damage_of_every_format_on_both_texts(names: tuple[str, ...]) -> None:
+    own = reader(4)
+    found = search([own], [(get_format(name), 1.0) for name in names], COLUMNS, {}, limit=6)
+    assert found.stage == "search" and found.method == "awq"
+    assert np.abs(found.exponents).max() <= 6
+    for name in names:
+        nothing = np.zeros(COLUMNS, np.int64)
+        assert found.before[name] == pytest.approx(true_damage(own, name, nothing, held_out=True), rel=1e-4)
+        assert found.after[name] == pytest.approx(true_damage(own, name, found.exponents, held_out=True), rel=1e-4)
+        assert found.after[name] < 0.9 * found.before[name]
+        assert true_damage(own, name, found.exponents) < 0.9 * true_damage(own, name, nothing)
+
+
+def test_descent_goes_below_the_grid() -> None:
+    from vrscope.rescale import search as module
+
+    own = reader(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SWEEPS", 0)
+        grid = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS, {}, limit=6)
+    found = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS, {}, limit=6)
+    assert true_damage(own, "int4-g64", found.exponents) < 0.98 * true_damage(own, "int4-g64", grid.exponents)
+
+
+def test_what_held_out_text_contradicts_is_not_taken() -> None:
+    own = reader(6)
+    against = Reader(own.ids, own.power, own.weight, own.importance, (1 / own.importance).astype(np.float32))
+    found = search([against], [(get_format("int4-g64"), 1.0)], COLUMNS, {}, limit=6)
+    assert found.method == "none" and not found.exponents.any()
+    assert found.after == found.before
+
+
+def test_a_given_choice_wins_where_it_is_best_and_ties_stay_tied() -> None:
+    ids = np.arange(COLUMNS) % 64  # three columns share a scale
+    own = reader(7, ids)
+    found = search([own], [(get_format("int4-g64"), 1.0)], 64, {}, limit=6)
+    assert found.exponents.shape == (64,)
+    again = search([own], [(get_format("int4-g64"), 1.0)], 64, {"wisca": found.exponents.astype(float)}, limit=6)
+    assert again.method == "wisca"
+    assert sum(again.after.values()) <= sum(found.after.values()) * (1 + 1e-9)
+
+
+def test_columns_in_one_unit_that_share_a_scale_descend_correctly() -> None:
+    ids = np.arange(COLUMNS) // 2  # neighbours, in the same group
+    own = reader(8, ids)
+    found = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS // 2, {}, limit=3)
+    nothing = np.zeros(COLUMNS // 2, np.int64)
+    assert true_damage(own, "int4-g64", found.exponents) < true_damage(own, "int4-g64", nothing)
+    assert found.after["int4-g64"] == pytest.approx(true_damage(own, "int4-g64", found.exponents, True), rel=1e-4)
+
+
+def test_columns_of_other_spaces_stay_and_two_patterns_are_searched_by_grid() -> None:
+    ids = np.where(np.arange(COLUMNS) < 128, np.arange(COLUMNS), -1)
+    shifted = np.where(ids >= 0, (ids + 5) % 128, -1)
+    both = [reader(9, ids), reader(10, shifted)]
+    found = search(both, [(get_format("nf4"), 1.0)], 128, {}, limit=6)
+    assert found.stage in {"grid", ""}
+    own = reader(11, ids)
+    only = search([own], [(get_format("nf4"), 1.0)], 128, {}, limit=6)
+    factors = _Work.of(own, [get_format("nf4")]).factors(only.exponents)
+    assert only.exponents.any() and (factors[128:] == 1).all()
+
+
+def test_channels_that_no_text_reached_are_left_at_the_edge_of_the_others() -> None:
+    own = reader(12)
+    own.importance[:, :5] = 0
+    own.held_out[:, :5] = 0
+    found = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS, {}, limit=6)
+    assert np.isfinite(list(found.after.values())).all()
