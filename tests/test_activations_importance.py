@@ -119,7 +119,7 @@ def test_gradients_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> No
     checkpoint = open_checkpoint(save_tiny("llama", tmp_path))
     loaded = load_model(checkpoint, "cpu", "float32")
     loaded.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
-    with pytest.raises(ModelError, match=r"finite gradients"):
+    with pytest.raises(ModelError, match=r"finite outputs and gradients"):
         calibrate(loaded, checkpoint, bind(open_checkpoint(tmp_path)).roles, SAMPLE)
     assert not any(module._forward_hooks for module in loaded.model.modules())
 

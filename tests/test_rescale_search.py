@@ -9,7 +9,9 @@ from vrscope.quant.formats import FORMATS, get_format
 from vrscope.rescale.readers import Reader
 from vrscope.rescale.search import _Work, search
 
-SEARCHED = [entry.name for entry in FORMATS if entry.levels is not None and not entry.scope.nested and entry.name != "int8"]
+SEARCHED = [
+    entry.name for entry in FORMATS if entry.levels is not None and not entry.scope.nested and entry.name != "int8"
+]
 ROWS, COLUMNS = 48, 192
 
 

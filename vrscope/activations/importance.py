@@ -131,13 +131,16 @@ class _Sums:
         for tensor in list(self.sums):
             values: NDArray[np.float32] = (self.sums.pop(tensor) / max(self.tokens, 1)).numpy()
             if not np.isfinite(values).all():
-                message = (
-                    f"{name}: expected finite gradients, found NaN or infinity at {tensor}. The model's activations "
-                    "overflow on this text; `vrscope analyze` says where that begins."
-                )
-                raise ModelError(message)
+                raise ModelError(_not_finite(name, tensor))
             found[tensor] = values
         return found
+
+
+def _not_finite(name: str, where: str) -> str:
+    return (
+        f"{name}: expected finite outputs and gradients, found NaN or infinity at {where}. The model's activations "
+        "overflow on this text; `vrscope analyze` says where that begins."
+    )
 
 
 def _blank(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -191,6 +194,8 @@ def _one_window(
                 loss = _drawn_loss(loaded.model(**arguments, use_cache=False).logits[0].float(), generator)
             else:
                 loss = _projected_loss(loaded.model(**arguments).last_hidden_state[0].float(), generator)
+            if not torch.isfinite(loss):
+                raise ModelError(_not_finite(loaded.name, "the output"))
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         handle.remove()
@@ -201,6 +206,8 @@ def _drawn_loss(logits: Tensor, generator: Generator) -> Tensor:
     import torch
 
     predicted = torch.log_softmax(logits, dim=-1)
+    if not torch.isfinite(predicted).all():
+        return predicted.sum()  # not finite either, which the caller refuses
     labels = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator)
     return -predicted.gather(1, labels.to(predicted.device)).sum()
 
