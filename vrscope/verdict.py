@@ -132,7 +132,7 @@ def _gain(tables: Mapping[str, pd.DataFrame], provenance: Mapping[str, Any]) -> 
     if damage is None or damage["checkpoint"].nunique() < 2:
         sums = gains.groupby("format", sort=False)[["damage_before", "damage_after"]].sum()
         shares = [
-            f"{1 - row['damage_after'] / row['damage_before']:.0%} of the damage of {name}"
+            f"{100 * (1 - row['damage_after'] / row['damage_before']):.0f} % of the damage of {name}"
             for name, row in sums.iterrows()
             if row["damage_before"] > 0
         ]
@@ -182,10 +182,12 @@ def _sources(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
         won = rows["method"][rows["method"] != "none"].value_counts()
         methods = ", ".join(f"{name} {count}" for name, count in won.items())
         worst = rows.nlargest(1, "damage_after").iloc[0]
+        earned, left = 100 * gained.iloc[0] / (before - after), 100 * after / before
+        part = 100 * worst["damage_after"] / (after or 1)
         text = (
-            f"{scheme}: {gained.iloc[0] / (before - after):.0%} of the predicted gain comes from {gained.index[0]}; "
-            f"scales from {methods or 'no method'} ({len(rows)} spaces). {after / before:.0%} of the predicted damage "
-            f"remains, most of it in {worst['space']} ({worst['damage_after'] / after if after > 0 else 0:.0%})."
+            f"{scheme}: {earned:.0f} % of the predicted gain comes from {gained.index[0]}; scales from "
+            f"{methods or 'no method'} ({len(rows)} spaces). {left:.0f} % of the predicted damage remains, the largest "
+            f"part of it in {worst['space']} ({part:.0f} %)."
         )
         findings.append(_say(NOTE, text))
     return findings

@@ -12,6 +12,7 @@ from vrscope.report import figures
 from vrscope.report.blocks import Block, Cell, Figure, Figures, Head, Section, Swatch, Table, Text
 from vrscope.report.columns import flags, frame_of, head, numbers, texts
 from vrscope.report.headline import checkpoint_names
+from vrscope.report.removed import removed
 from vrscope.report.text import MISSING, change, is_missing, number, plus_minus, visible
 from vrscope.tables import Report
 
@@ -57,8 +58,9 @@ def damage(report: Report) -> Section | None:
     blocks: list[Block] = [] if chart is None else [chart]
     caption = f"Damage per format{_measured_on(report, frame)}"
     note = (
-        "± is one standard error, tokens taken as independent. A change counts as noise below two standard errors of "
-        "the difference, which is paired: both checkpoints are measured on the same tokens."
+        "± is one standard error, tokens taken as independent; of a change, in points of its percentage. A change "
+        "counts as noise below two standard errors of the difference, which is paired: both checkpoints are measured "
+        "on the same tokens."
     )
     blocks.append(_table(report, rows, _CAUSAL if causal else _ENCODER, Table(caption, (), (), note)))
     if any(np.isfinite(numbers(frame, c)).any() for c in _TAIL):
@@ -151,13 +153,14 @@ def _table(report: Report, rows: _Rows, columns: tuple[str, ...], empty: Table) 
             value, sem = data[c]
             cells.append(Cell(plus_minus(value[k], sem[k]), "num"))
             if c == shown[0] and several:
-                cells.append(_changed(rows, k, value, name in blind))
+                cells.append(_changed(rows, k, (value, sem), name in blind))
         filled.append(tuple(cells))
     return Table(empty.caption, tuple(heads), tuple(filled), empty.note, empty.fold)
 
 
-def _changed(rows: _Rows, row: int, values: Floats, blind: bool) -> Cell:
-    """Say how far a row moved from the first checkpoint's; coloured only if that is more than noise."""
+def _changed(rows: _Rows, row: int, measured: tuple[Floats, Floats], blind: bool) -> Cell:
+    """Say how far a row moved from the first checkpoint's; with colour and error if that is more than noise."""
+    values, sems = measured
     first = next(iter(rows.checkpoints))
     pairs = list(zip(rows.keys, rows.formats, strict=True))
     base = pairs.index((first, rows.formats[row])) if (first, rows.formats[row]) in pairs else row
@@ -171,7 +174,10 @@ def _changed(rows: _Rows, row: int, values: Floats, blind: bool) -> Cell:
         return Cell(words, "num")
     if abs(moved) < 2 * (0.0 if is_missing(error) else error):
         return Cell(words, "num muted", note="within noise")
-    return Cell(words, "num good" if values[row] < values[base] else "num bad")
+    first_row, own_row = ({"value": values[k], "value_sem": sems[k]} for k in (base, row))
+    share = removed(first_row, own_row | {"change": moved, "change_sem": error}, "value")
+    margin = share.margin if share is not None and "%" in words else ""
+    return Cell(words, "num good" if values[row] < values[base] else "num bad", note=margin)
 
 
 def _out_of_reach(report: Report) -> set[str]:

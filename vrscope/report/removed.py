@@ -21,11 +21,19 @@ class Removed:
     @property
     def percent(self) -> str:
         """Return the amount in percent with its standard error, without a sign: "60.1 ± 1.2 %"."""
-        value, error = 100 * abs(self.share), 100 * self.sem
-        if is_missing(error) or error <= 1e-9:
-            return f"{value:.3g} %"
-        places = max(0, min(4, 1 - math.floor(math.log10(error))))
-        return f"{value:.{places}f} ± {error:.{places}f} %"
+        value = 100 * abs(self.share)
+        return f"{value:.{self._places}f} {self.margin}" if self.margin else f"{value:.3g} %"
+
+    @property
+    def margin(self) -> str:
+        """Return the standard error alone: "± 1.2 %", nothing where it is missing or zero."""
+        return "" if self._places < 0 else f"± {100 * self.sem:.{self._places}f} %"
+
+    @property
+    def _places(self) -> int:
+        """Return the decimals that show two digits of the standard error; -1 if there is none to show."""
+        error = 100 * self.sem
+        return -1 if is_missing(error) or error <= 1e-9 else max(0, min(4, 1 - math.floor(math.log10(error))))
 
 
 def removed(first: Mapping[Any, Any], other: Mapping[Any, Any], measure: str) -> Removed | None:
