@@ -92,7 +92,9 @@ def test_yaml_holds_hostile_names_as_they_are() -> None:
     assert found["config_groups"]["low"]["targets"] == ['a"b', "- f", "\u2028h\\"]
 
 
-@pytest.mark.parametrize(("low", "high"), [("int4-g32", FULL), ("int4-g32", "int8-row"), ("int8", FULL)])
+@pytest.mark.parametrize(
+    ("low", "high"), [("int4-g32", FULL), ("int4-g32", "int8-row"), ("int8", FULL), ("w8a8", FULL)]
+)
 def test_compressed_tensors_applies_the_schemes_to_the_right_modules(low: str, high: str) -> None:
     yaml = pytest.importorskip("yaml")
     quantization = pytest.importorskip("compressed_tensors.quantization")
@@ -103,11 +105,13 @@ def test_compressed_tensors_applies_the_schemes_to_the_right_modules(low: str, h
     quantization.apply_quantization_config(model, config)
     schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
     bits = {name: scheme.weights.num_bits for name, scheme in schemes.items() if scheme is not None}
-    expected = dict.fromkeys(choice.modules("low"), 8 if low == "int8" else 4)
+    inputs = {"int8": "token", "w8a8": "tensor"}.get(low)
+    expected = dict.fromkeys(choice.modules("low"), 8 if inputs else 4)
     assert bits == expected | (dict.fromkeys(choice.modules("high"), 8) if high != FULL else {})
     first = schemes[choice.modules("low")[0]]
-    if low == "int8":
-        assert first.input_activations.dynamic and first.weights.strategy == "channel"
+    if inputs:
+        assert first.input_activations.dynamic and first.input_activations.strategy == inputs
+        assert first.weights.strategy == "channel"
     else:
         assert (first.weights.group_size, first.weights.symmetric, first.input_activations) == (32, False, None)
 

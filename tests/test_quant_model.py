@@ -139,11 +139,11 @@ def test_encoders_are_measured_by_their_last_hidden_state(bert: Checkpoint) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_powers_of_two_per_tensor_change_no_figure_of_a_weight_only_format(
+def test_powers_of_two_per_tensor_change_no_figure_of_a_format_without_threshold(
     llama: Checkpoint, tmp_path: Path, dtype: str
 ) -> None:
     other, sample = rescaled(llama, tmp_path), tiny_sample(llama)
-    formats = [entry for entry in FORMATS if not entry.activations]
+    formats = [entry for entry in FORMATS if not entry.replaces_layers]
     frame = measure_model({"original": llama, "rescaled": other}, formats, sample, dtype=dtype)
     first, second = (frame[frame["checkpoint"] == name].set_index("format") for name in ("original", "rescaled"))
     assert second.loc["none", "kl_max"] == 0 and second.loc["none", "top1"] == 1

@@ -109,6 +109,7 @@ def _pairs(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.mark.parametrize("case", CASES)
 def test_every_quantized_weight_meets_rounded_inputs(case: str, dtype: torch.dtype) -> None:
     model = make_model(case).to(dtype)
+    model.set_experts_implementation("eager")  # as vrscope loads models
     weights = quantized_weights(model)
     seen = set()
 
@@ -121,7 +122,7 @@ def test_every_quantized_weight_meets_rounded_inputs(case: str, dtype: torch.dty
         for weight in weights:  # one mode for each, so that none can hide behind another
             stack.enter_context(RoundedInputs([weight.parameter], partial(note, name=weight.name)))
         model(**inputs(model, dtype))
-    assert len(weights) > 4 and seen == {weight.name for weight in weights}
+    assert len(weights) > 3 and seen == {weight.name for weight in weights}
 
 
 def test_experts_have_a_scale_each_and_other_products_none() -> None:

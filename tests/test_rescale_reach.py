@@ -39,7 +39,18 @@ def test_tensor_wise_scales_are_invisible_to_everything_but_tensor_wide_units(ll
     binding, plan = plan_of(llama, "tvr", target_std=0.01)
     assert plan.changed > 0
     table = reach(llama, binding, plan, FORMATS).set_index("format")
-    for name in ("nf4", "fp4", "int8-row", "int4-g32", "int4-g64", "int4-g128", "int4-row", "int8-tensor", "nf4-dq"):
+    for name in (
+        "nf4",
+        "fp4",
+        "int8-row",
+        "int4-g32",
+        "int4-g64",
+        "int4-g128",
+        "int4-row",
+        "int8-tensor",
+        "nf4-dq",
+        "w8a8",
+    ):
         assert not table.loc[name, "can_change"], name
         assert "absorbs" in table.loc[name, "reason"]
     assert table.loc["int8", "can_change"]  # folding norms rescales the inputs, and the threshold 6.0 is absolute
@@ -49,10 +60,19 @@ def test_tensor_wise_scales_are_invisible_to_everything_but_tensor_wide_units(ll
 def test_only_columns_are_felt_by_row_and_group_formats(llama, rules, felt):
     binding, plan = plan_of(llama, "random", rules)
     table = reach(llama, binding, plan, FORMATS).set_index("format")
-    for name in ("int8-row", "int4-row", "int4-g32"):
+    for name in ("int8-row", "int4-row", "int4-g32", "w8a8"):
         assert table.loc[name, "tensors_changed"] == 2 * len(felt)
     spaces = reach_of_spaces(llama, binding, plan, FORMATS)
     assert all(("int4-g32" in names) == bool(felt) for names in spaces.values())
+
+
+def test_column_factors_change_formats_that_quantize_inputs_and_the_reason_says_so(llama):
+    binding, plan = plan_of(llama, "random", {"norm fold"})
+    table = reach(llama, binding, plan, FORMATS).set_index("format")
+    assert table.loc["w8a8", "tensors_changed"] == table.loc["w8a8", "tensors_total"] - 4  # o and down read no norm
+    reason = "one scale per output row, and one scale for all of a layer's inputs"
+    assert reason in table.loc["w8a8", "reason"] and "or rescale the layer's input" in table.loc["w8a8", "reason"]
+    assert "fixed outlier threshold" in table.loc["int8", "reason"]
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ def kept_note(model: Any, entry: Format) -> str | None:
 def quantized(model: Any, entry: Format, weights: list[QuantizedWeight] | None = None) -> Iterator[None]:
     """Quantize the model's linear weights while inside, and put the original ones back afterwards.
 
-    Weights become their dequantized selves, in the model's dtype, and so does, in every call, what is multiplied with
-    them if the format quantizes inputs. LLM.int8 replaces the layers by bitsandbytes' own instead. Memory: one more
-    copy of the weights that are quantized.
+    Weights become their dequantized selves, in the model's dtype; if the format quantizes inputs, so does, in every
+    call, what is multiplied with them (of experts only where they run one by one, "eager"). LLM.int8 replaces the
+    layers by bitsandbytes' own instead. Memory: one more copy of the weights that are quantized.
 
     Parameters
     ----------

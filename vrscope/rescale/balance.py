@@ -8,7 +8,7 @@ behind a norm, its rows before o), the scales of one are chosen as if the other 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +105,7 @@ def cle(situation: Ranges) -> Exponents:
             degree = power_of(space, 1) + power_of(space, -1)
             chosen[space.name] = _log2_ratio(readers, writers) / degree
         elif readers is not None:
-            chosen[space.name] = _centred(_log2(readers)) / power_of(space, -1)
+            chosen[space.name] = _less(np.mean, _log2(readers)) / power_of(space, -1)
     return chosen
 
 
@@ -115,8 +115,10 @@ def smoothquant(situation: Calibrated) -> Exponents:
     SmoothQuant (Xiao et al. 2023, arXiv 2211.10438, equation 4): columns j of the readers are multiplied by
     `t_j = max|x_j|^alpha / max|w_j|^(1 - alpha)` and their input is divided by it; both maxima over all readers that
     share the scale, every query head of a KV group and every expert included. The original moves what norms feed; here
-    v.o, up.down and ReLU pairs move as well. Channels of range zero keep the scale 1, and so do spaces of whose readers
-    no input was seen, such as those that only the output head reads.
+    v.o, up.down and ReLU pairs move as well. All t of a space are divided by their median: the format's own scales
+    absorb a factor that all channels share, and so the fewest channels meet the limit on scales. Channels of range zero
+    keep the scale 1, and so do spaces of whose readers no input was seen, such as those that only the output head
+    reads.
 
     Returns
     -------
@@ -141,8 +143,10 @@ def smoothquant(situation: Calibrated) -> Exponents:
         seen = shared_max(space, -1, inputs)
         held = shared_max(space, -1, lambda term: None if inputs(term) is None else weights(term))
         if seen is not None and held is not None:
-            moved = alpha * _log2(seen) - (1 - alpha) * _log2(held)
-            chosen[space.name] = np.where(np.isfinite(moved), -moved, 0.0) / power_of(space, -1)
+            with np.errstate(invalid="ignore"):
+                moved = alpha * _log2(seen) - (1 - alpha) * _log2(held)
+            moved[(seen == 0) | (held == 0)] = np.nan  # also where alpha is 0 or 1, and one of them does not count
+            chosen[space.name] = -_less(np.median, moved) / power_of(space, -1)
     return chosen
 
 
@@ -225,8 +229,7 @@ def _log2_ratio(top: Floats, bottom: Floats) -> Floats:
     return np.where(np.isfinite(found), found, 0.0)
 
 
-def _centred(exponents: Floats) -> Floats:
-    """Return exponents less their mean, 0 where infinite."""
+def _less(middle: Callable[[Floats], np.floating[Any]], exponents: Floats) -> Floats:
+    """Return exponents less their mean or median, 0 where they are not finite."""
     finite = np.isfinite(exponents)
-    mean = exponents[finite].mean() if finite.any() else 0.0
-    return np.where(finite, exponents - mean, 0.0)
+    return np.where(finite, exponents - (middle(exponents[finite]) if finite.any() else 0.0), 0.0)
