@@ -130,5 +130,5 @@ def test_too_little_memory_is_said_before_it_runs_out(tmp_path: Path, monkeypatc
     checkpoint = open_checkpoint(save_tiny("llama", tmp_path))
     loaded = load_model(checkpoint, "cpu", "float32")
     monkeypatch.setattr(memory, "_free_memory", lambda device: 1000)
-    with pytest.raises(ModelError, match="to calibrate on windows of 40 tokens, found 0.0 GB"):
+    with pytest.raises(ModelError, match=r"to calibrate on windows of 40 tokens, found 0.0 GB"):
         calibrate(loaded, checkpoint, bind(checkpoint).roles, SAMPLE)

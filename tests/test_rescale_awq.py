@@ -83,7 +83,7 @@ def test_a_method_that_calibrates_says_so_when_it_cannot(tmp_path: Path) -> None
     checkpoint = open_checkpoint(save_tiny("llama", tmp_path / "model"))
     for method in METHODS:
         if method.calibrates:
-            with pytest.raises(PlanError, match="expected (a calibration|the ranges of activations)"):
+            with pytest.raises(PlanError, match=r"expected (a calibration|the ranges of activations)"):
                 make_plan(checkpoint, bind(checkpoint), method.name, MethodOptions(), Serial(), silent)
 
 

@@ -71,7 +71,8 @@ def demo(out: Path, force: bool, output: Output) -> None:
 @options.force
 @options.everything
 @options.output(
-    *("damage", "weight_error", "tensors", "depth_law", "spaces", "approximate", "matrices", "reach"),
+    *("damage", "weight_error", "tensors", "depth_law", "spaces", "approximate", "matrices", "reach", "gains"),
+    *("exponents", "layer_error"),
     *("activations", "residual", "outlier_dimensions", "experts"),
 )
 def run(model: str, out: Path, everything: bool, output: Output, **settings: Any) -> None:
