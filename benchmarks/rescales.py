@@ -1,8 +1,9 @@
 """What each rescale does to the damage of each format, and whether the logits stay equal in every bit.
 
     python benchmarks/rescales.py MODEL [--text FILE] [--tokens 2048] [--formats nf4,int8-row,int4-g64] [-o table.md]
+        [--calibration-text FILE] [--calibration-tokens 2048] [--only "awq, int4-g64;awq, nf4"]
 
-Every rescale is written to a temporary folder, run in float32 and bfloat16 against the original, and measured on the
+Methods that calibrate do so on the calibration text, which should not be the text measured on. Every rescale is written to a temporary folder, run in float32 and bfloat16 against the original, and measured on the
 same tokens in one run. Prints a Markdown table: mean KL in nats with its standard error, ratio to the original.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,11 @@ RESCALES = {
     "wisca, channel, l1": ("wisca", {"granularity": "channel", "norm": "l1"}),
     "wisca, channel, free scales": ("wisca", {"granularity": "channel", "scales": "free"}),
     "tvr, preserving": ("tvr", {}),
+    "cle": ("cle", {}),
+    "smoothquant, 0.5": ("smoothquant", {}),
+    "awq, int4-g64": ("awq", {"target": ["int4-g64"]}),
+    "awq, nf4": ("awq", {"target": ["nf4"]}),
+    "auto, int4-g64 and nf4": ("auto", {"target": ["int4-g64", "nf4"]}),
     "random": ("random", {}),
     "tvr, raw (not equivalent)": ("tvr", {"raw": True}),
 }
@@ -34,6 +41,8 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--calibration-text", type=Path)
+    parser.add_argument("--calibration-tokens", type=int, default=2048)
     parser.add_argument("--formats", default="nf4,int8-row,int4-g64")
     parser.add_argument("--only", help="names of rescales, separated by semicolons")
     parser.add_argument("-o", "--out", type=Path)
@@ -41,15 +50,18 @@ def main() -> int:
     formats = given.formats.split(",")
     wanted = given.only.split(";") if given.only else list(RESCALES)
     lines = [
-        f"| rescale | scales changed | logits float32 / bfloat16 | unquantized KL | {' | '.join(formats)} |",
-        "|" + "---|" * (4 + len(formats)),
+        f"| rescale | seconds to plan and write | scales changed | logits float32 / bfloat16 | unquantized KL | {' | '.join(formats)} |",
+        "|" + "---|" * (5 + len(formats)),
     ]
     with tempfile.TemporaryDirectory() as folder:
         outs = {}
         for name in wanted:
             method, options = RESCALES[name]
             outs[name] = Path(folder) / str(len(outs))
-            plan = vrscope.rescale(given.model, outs[name], method=method, **options)
+            on = {"text": given.calibration_text, "tokens": given.calibration_tokens}
+            started = time.monotonic()
+            plan = vrscope.rescale(given.model, outs[name], method=method, **on, **options)
+            seconds = time.monotonic() - started
             if plan.equivalent == "not equivalent":
                 changed, logits = len(plan.affine), "not equivalent"
             else:
@@ -63,7 +75,7 @@ def main() -> int:
             for entry in formats:
                 ratio = rows.loc[("rescaled", entry), "kl"] / rows.loc[("original", entry), "kl"]
                 cells.append(f"{_cell(rows, 'rescaled', entry)} ({ratio:.6f} of the original)")
-            lines.append(f"| {name} | {changed:,} | {logits} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {seconds:.0f} | {changed:,} | {logits} | {' | '.join(cells)} |")
             print(lines[-1], file=sys.stderr)
     text = "\n".join(lines) + "\n"
     if given.out:
