@@ -212,16 +212,21 @@ def test_zero_channels_keep_their_scale(tmp_path: Any) -> None:
         calibration=SimpleNamespace(absmax=absmax),
     )
     case = Case(folder, checkpoint, binding, situation)
-    for method, still in ((cle, {5}), (smoothquant, {5, 9, 11})):
+
+    def still(exponents: np.ndarray) -> set[int]:
+        return {int(channel) for channel in np.flatnonzero(exponents == 0)}
+
+    for method, zero in ((cle, {5}), (smoothquant, {5, 9, 11})):  # and, of an odd number, the one in the middle
         found = method(situation)
         assert all(np.isfinite(values).all() for values in found.values())
-        assert set(np.flatnonzero(of_rule(case, found, "up.down") == 0)) == still
+        pair = still(of_rule(case, found, "up.down"))
+        assert zero <= pair and len(pair - zero) <= (method is smoothquant)
         (fold,) = (
             found[s.name]
             for s in situation.spaces
             if s.rule == "norm fold" and s.layer == 0 and any("up_proj" in term.tensor for term in s.terms)
         )
-        assert set(np.flatnonzero(fold == 0)) == {7}
+        assert 7 in still(fold) and len(still(fold)) <= 1 + (method is smoothquant)
 
 
 # ---- smoothquant ----

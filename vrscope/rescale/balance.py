@@ -81,7 +81,7 @@ class Calibrated(Ranges, Protocol):
 def cle(situation: Ranges) -> Exponents:
     """Give the writers and the readers of every channel equal ranges, from the weights alone.
 
-    Cross-layer equalization (Nagel et al. 2019, arXiv 1906.04721, equation 11): with r the largest magnitude of what
+    Cross-layer equalization (Nagel et al. 2019, arXiv 1906.04721, section 4.1): with r the largest magnitude of what
     writes a channel (rows) and of what reads it (columns), `s = (r_reader / r_writer)^(1 / (1 + p))`, p the degree
     between them: the square root, or the cube root behind a squared ReLU. It is meant for layers that follow each
     other: v.o, up.down and fc1.fc2 here, not q.k.
