@@ -3,8 +3,9 @@
     python benchmarks/rescales.py MODEL [--text FILE] [--tokens 2048] [--formats nf4,int8-row,int4-g64] [-o table.md]
         [--calibration-text FILE] [--calibration-tokens 2048] [--only "awq, int4-g64;awq, nf4"]
 
-Methods that calibrate do so on the calibration text, which should not be the text measured on. Every rescale is written to a temporary folder, run in float32 and bfloat16 against the original, and measured on the
-same tokens in one run. Prints a Markdown table: mean KL in nats with its standard error, ratio to the original.
+Methods that calibrate do so on the calibration text, which should not be the text measured on. Every rescale is written
+to a temporary folder, run in float32 and bfloat16 against the original, and measured on the same tokens in one run.
+Prints a Markdown table: mean KL in nats with its standard error, ratio to the original.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def main() -> int:
     formats = given.formats.split(",")
     wanted = given.only.split(";") if given.only else list(RESCALES)
     lines = [
-        f"| rescale | seconds to plan and write | scales changed | logits float32 / bfloat16 | unquantized KL | {' | '.join(formats)} |",
+        "| rescale | seconds to plan and write | scales changed | logits float32 / bfloat16 | unquantized KL | "
+        + f"{' | '.join(formats)} |",
         "|" + "---|" * (5 + len(formats)),
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -162,7 +162,7 @@ def test_plans_are_files_that_rescale_takes(tmp_path):
         name: values.tolist() for name, values in plan.spaces.items()
     }
     described = api.describe(demo_model(), plan)
-    assert set(described.tables) == {"spaces", "matrices", "unreachable", "reach"}
+    assert set(described.tables) == {"spaces", "matrices", "unreachable", "reach", "exponents"}
     assert described.tables["spaces"]["changed"].sum() == plan.changed
 
 
@@ -198,7 +198,9 @@ def test_free_scales_are_never_said_to_change_nothing(tmp_path):
 
 
 def test_free_scales_say_what_they_cost(tmp_path):
-    report = vrscope.run(demo_model(), tmp_path / "out", scales="free", formats=["int8-row"], tokens=128)
+    report = vrscope.run(
+        demo_model(), tmp_path / "out", method="wisca", scales="free", formats=["int8-row"], tokens=128
+    )
     assert report.provenance["equivalent"] == "equal up to rounding"
     kl = report.tables["damage"].set_index(["checkpoint", "format"]).loc[("rescaled", "none"), "kl"]
     assert 0 < kl < 0.01

@@ -163,7 +163,11 @@ def test_the_method_options_are_all_there() -> None:
 @pytest.mark.parametrize(
     ("line", "function", "expected"),
     [
-        ("run m -o o --granularity head --tokens 99", "run", {"granularity": "head", "tokens": 99}),
+        (
+            "run m -o o --method wisca --granularity head --tokens 99",
+            "run",
+            {"method": "wisca", "granularity": "head", "tokens": 99},
+        ),
         ("run m -o o --formats int8,nf4,int8", "run", {"formats": ("int8", "nf4")}),
         ("analyze m", "analyze", {}),
         (

@@ -56,7 +56,7 @@ def test_long_work_is_told_with_the_time_that_is_left(monkeypatch: pytest.Monkey
         for done in (0, 10, 95):
             progress("units", done, 100, "ms")
             now[0] += 60.0
-    assert stream.getvalue().splitlines() == ["vrscope: units 10%, 9 min left", "vrscope: units 95%"]
+    assert stream.getvalue().splitlines() == ["vrscope: units 10%, 9 min left", "vrscope: units 95%, 6 s left"]
 
 
 def test_progress_on_a_terminal_is_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,8 +138,12 @@ class _Lines:
         self.last = now
         share = f" {done / total:.0%}" if total else ""
         rate = _rate(done, seconds, unit)
-        left = f", {seconds * (total - done) / done:.0f} s left" if 0 < done < total and seconds > 0 else ""
+        left = f", {_time(seconds * (total - done) / done)} left" if 0 < done < total and seconds > 0 else ""
         sys.stderr.write(f"vrscope: {escape(stage)}{share}{', ' if rate else ''}{rate}{left}\n")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _rate(done: int, seconds: float, unit: str) -> str:

@@ -281,7 +281,7 @@ def calibration_options(command: Command) -> Command:
                 "--calibration-text",
                 type=click.Path(path_type=Path),
                 metavar="FILE",
-                help="auto, awq, smoothquant: text to choose the scales on. Default: --text, behind its --tokens.",
+                help="auto, awq, smoothquant: text to choose the scales on. Without it, --text behind its --tokens.",
             ),
             click.option(
                 "--calibration-tokens", type=click.IntRange(min=2), metavar="N", help="Tokens of it. Default: 2048."
