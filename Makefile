@@ -49,8 +49,9 @@ reports: $(VENV)/.test  ## make the demo's report and its picture again
 	cp vrscope-demo/report.html vrscope-demo/results.json reports/demo/
 	$(BIN)/python tools/screenshot.py reports/demo/report.html reports/demo.png
 
-bench: $(VENV)/.test  ## the benchmarks
-	for script in $(wildcard benchmarks/*.py); do $(BIN)/python "$$script" || exit 1; done
+bench: $(VENV)/.test  ## the benchmarks: damage by rescale on the included model, speed and memory on 1 GB
+	$(BIN)/python benchmarks/rescales.py vrscope/demo/model --tokens 1024
+	$(BIN)/python benchmarks/speed.py --gb 1
 
 constraints: $(VENV)/.dev $(VENV)/.test  ## write constraints.txt from what is installed
 	$(BIN)/python tools/constraints.py > constraints.new && mv constraints.new constraints.txt
