@@ -92,3 +92,10 @@ def test_formats_whose_scale_spans_all_columns_and_rows_are_refused() -> None:
         MethodOptions(target=("int8-tensor",))
     with pytest.raises(PlanError, match="at least one format"):
         MethodOptions(target=())
+
+
+def test_free_scales_are_refused_where_only_powers_of_two_are_searched(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_tiny("llama", tmp_path / "model"))
+    for method in ("auto", "awq"):
+        with pytest.raises(PlanError, match=f"'{method}' searches for powers of two"):
+            make_plan(checkpoint, bind(checkpoint), method, MethodOptions(scales="free"), Serial(), silent)

@@ -7,6 +7,7 @@ help texts name it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -321,7 +322,11 @@ def _check_method(chosen: Mapping[str, Any]) -> None:
 
 
 def _default_method() -> str:
-    return "auto" if click.get_current_context().info_name == "run" else "wisca"
+    """Return the default of the library function that the command at hand calls."""
+    from vrscope import api
+
+    function = getattr(api, str(click.get_current_context().info_name))
+    return str(inspect.signature(function).parameters["method"].default)
 
 
 def _flag(name: str) -> str:

@@ -45,12 +45,19 @@ def make_plan(
     UnknownNameError
         If there is no such method.
     PlanError
-        If approximate spaces are asked for from a method that does not use them.
+        If approximate spaces or free scales are asked for from a method that does not use them.
     CheckpointError
         If weights are NaN or infinite.
     """
     entry = get_method(method)
     require_approximate(entry, options)
+    if options.scales != POW2 and "scales" not in entry.uses:
+        users = ", ".join(method.name for method in METHODS if "scales" in method.uses)
+        message = (
+            f"scales: method {entry.name!r} searches for powers of two, found {options.scales!r}. "
+            f"Leave scales out, or use {users}."
+        )
+        raise PlanError(message)
     profile = profile_weights(checkpoint, binding, executor, progress)
     situation = Situation(binding, profile, options, checkpoint, calibration, executor, progress)
     settings = {name: value for name, value in asdict(options).items() if name in entry.uses}
