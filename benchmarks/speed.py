@@ -98,9 +98,9 @@ def _measure_llama(scratch: Path, size: float, given: argparse.Namespace) -> lis
     slow = size <= given.naive_gb
     commands = [
         Command("read only", lambda: _read_all(folder)),
-        Command("analyze", _vrscope("analyze", folder, "-q"), "naive script"),
+        Command("analyze", _vrscope("analyze", folder, "--weights-only", "-q"), "naive script"),
         Command(
-            f"analyze --formats {FORMATS}", _vrscope("analyze", folder, "-q", "--formats", FORMATS), "naive script"
+            f"analyze --formats {FORMATS}", _vrscope("analyze", folder, "--weights-only", "-q", "--formats", FORMATS), "naive script"
         ),
         Command("plan --method wisca", _vrscope("plan", folder, "--method", "wisca", "-q")),
         Command("cp -r", ["cp", "-r", str(folder), str(copied)], out=copied),
@@ -122,7 +122,7 @@ def _measure_moe(scratch: Path, given: argparse.Namespace) -> list[str]:
     folder = _make(scratch / "moe", "moe", given.moe)
     commands = [
         Command("read only", lambda: _read_all(folder)),
-        Command("analyze", _vrscope("analyze", folder, "-q")),
+        Command("analyze", _vrscope("analyze", folder, "--weights-only", "-q")),
     ]
     table = _table(f"Mixture of experts, {given.moe:,} tensors", folder, _take_turns(commands, given.rounds))
     shutil.rmtree(folder)
