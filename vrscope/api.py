@@ -7,7 +7,7 @@ checkpoint, measurement, tables), and returns a `Report` or a `RescalePlan`. Not
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,12 @@ from vrscope.tables import Report
 from vrscope.verdict import verdict
 
 if TYPE_CHECKING:
+    from vrscope.arch.binding import Binding
+    from vrscope.checkpoint.source import Checkpoint
+    from vrscope.quant.formats import Format
     from vrscope.rescale.methods import MethodOptions
     from vrscope.rescale.plan import RescalePlan
+    from vrscope.rescale.profile import Profile
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -40,6 +44,7 @@ __all__ = [
     "measure",
     "merge_reports",
     "plan",
+    "plan_and_describe",
     "recipe",
     "require_free",
     "rescale",
@@ -97,11 +102,48 @@ def plan(
         If a method that calibrates cannot run the model on the text.
     """
     stages.read_formats(formats)
+    on = stages.CalibrationText(text, tokens, device=device)
+    return _choose(model, method, options, on, revision, families, progress, overrides)[2]
+
+
+def plan_and_describe(
+    model: Source,
+    *,
+    method: str = "wisca",
+    options: MethodOptions | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    text: Source | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    revision: str | None = None,
+    families: Source | None = None,
+    progress: Progress = silent,
+    **overrides: Any,
+) -> tuple[RescalePlan, Report]:
+    """Return what `plan` and then `describe` would, but read the weights only once if they allow it.
+
+    Parameters and errors are those of the two.
+    """
+    started, entries = time.monotonic(), stages.read_formats(formats)
+    on = stages.CalibrationText(text, tokens, device=device)
+    checkpoint, binding, chosen, before = _choose(model, method, options, on, revision, families, progress, overrides)
+    return chosen, _describe(started, (checkpoint, binding), chosen, before, entries, progress)
+
+
+def _choose(
+    model: Source,
+    method: str,
+    options: MethodOptions | None,
+    on: stages.CalibrationText,
+    revision: str | None,
+    families: Source | None,
+    progress: Progress,
+    overrides: Mapping[str, Any],
+) -> tuple[Checkpoint, Binding, RescalePlan, Profile]:
     checkpoint = open_checkpoint(model, revision)
     chosen = stages.read_options(overrides, options)
     binding = stages.bind_checkpoint(checkpoint, families, chosen.approximate)
-    on = stages.CalibrationText(text, tokens, device=device)
-    return stages.choose_plan(checkpoint, binding, method, chosen, on, progress)[0]
+    return checkpoint, binding, *stages.choose_plan(checkpoint, binding, method, chosen, on, progress)
 
 
 def describe(
@@ -126,19 +168,34 @@ def describe(
         If the plan is not for this checkpoint.
     """
     from vrscope.rescale.profile import profile_weights
-    from vrscope.rescale.scaling import check_plan, tensor_scales
+    from vrscope.rescale.scaling import check_plan
 
     started = time.monotonic()
     checkpoint = open_checkpoint(model, revision)
     binding = stages.bind_checkpoint(checkpoint, families, plan.approximate)
     check_plan(plan, binding, checkpoint.fingerprint(), checkpoint.name)
-    executor = default_executor()
-    before = profile_weights(checkpoint, binding, executor, progress)
-    after = profile_weights(checkpoint, binding, executor, progress, tensor_scales(binding, plan))
-    tables, columns = stages.fill_plan(checkpoint, binding, plan, (before, after), stages.read_formats(formats))
+    before = profile_weights(checkpoint, binding, default_executor(), progress)
+    return _describe(started, (checkpoint, binding), plan, before, stages.read_formats(formats), progress)
+
+
+def _describe(
+    started: float,
+    bound: tuple[Checkpoint, Binding],
+    plan: RescalePlan,
+    before: Profile,
+    formats: Sequence[Format],
+    progress: Progress,
+) -> Report:
+    from vrscope.rescale.profile import rescaled_profile
+    from vrscope.rescale.scaling import tensor_scales
+
+    checkpoint, binding = bound
+    scales = tensor_scales(binding, plan)
+    after = rescaled_profile(checkpoint, binding, before, scales, default_executor(), progress)
+    tables, columns = stages.fill_plan(checkpoint, binding, plan, (before, after), formats)
     facts = provenance(
         time.monotonic() - started,
-        model=str(model),
+        model=checkpoint.name,
         family=binding.family,
         settings={"method": plan.method, **plan.settings, "scales": plan.scales},
         equivalent=plan.equivalent,

@@ -128,11 +128,8 @@ def plan(model: str, out: Path | None, everything: bool, output: Output, **setti
     """Choose the scales, and say what they can and cannot change."""
     from vrscope import api
 
-    chosen = given(settings)
-    same = {name: chosen[name] for name in ("formats", "revision", "families") if name in chosen}
     with output.progress() as progress:
-        scales = api.plan(model, progress=progress, **chosen)
-        report = api.describe(model, scales, progress=progress, **same)
+        scales, report = api.plan_and_describe(model, progress=progress, **given(settings))
     if out:
         scales.save(out)
     output.finish(report, everything, wrote=[out] if out else [])

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
-from vrscope.arch.spaces import GAIN_PAIR, NORM_FOLD, Space
+from vrscope.arch.spaces import Space
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import PlanError
 from vrscope.quant.formats import Format
 from vrscope.rescale.methods import MethodOptions, target_std, usable_spaces
 from vrscope.rescale.plan import NOT_EQUIVALENT, POW2, RescalePlan
-from vrscope.rescale.profile import Profile, side_sizes
+from vrscope.rescale.profile import Profile, balanced, side_sizes
 from vrscope.rescale.reach import reach_of_spaces
 from vrscope.tables import Column
 
@@ -100,7 +100,7 @@ def _range(exponents: NDArray[Any]) -> dict[str, float]:
 
 def _imbalance(space: Space, profile: Profile) -> float:
     """Return the geometric mean over channels of the larger side's norm over the smaller; NaN where a side has none."""
-    if space.rule in {NORM_FOLD, GAIN_PAIR} or space.limit is not None:
+    if not balanced(space):
         return float("nan")
     writers, readers = side_sizes(space, profile, "frobenius")
     used = (writers > 0) & (readers > 0)

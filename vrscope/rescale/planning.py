@@ -21,7 +21,6 @@ from vrscope.rescale.methods import METHODS, Method, MethodOptions, Situation, g
 from vrscope.rescale.plan import POW2, RescalePlan
 from vrscope.rescale.profile import Profile, profile_weights
 from vrscope.rescale.scaling import TensorScale, out_of_range, tensor_scales, window_of
-from vrscope.stats.encoding import encoding
 
 RAW_THRESHOLD = 1.2  # std / target above which the reference rescales
 
@@ -154,7 +153,7 @@ def _harmful(
     uses = by_tensor(binding.spaces)
     for tensor, scale in tensor_scales(binding, plan).items():
         info = profile.infos[tensor]
-        if _surely_in_range(profile, tensor, scale.exponents):
+        if profile.surely_in_range(tensor, scale.exponents):
             continue
         for block in checkpoint.row_blocks(tensor):
             bad = _lost(info, block, scale)
@@ -181,12 +180,3 @@ def _lost(info: TensorInfo, block: RowBlock, scale: TensorScale) -> NDArray[np.b
         work = work * torch.from_numpy(np.ldexp(1.0, window))
     lost: NDArray[np.bool_] = out_of_range(block.values, work, work.to(block.values.dtype)).numpy()
     return lost
-
-
-def _surely_in_range(profile: Profile, tensor: str, exponents: tuple[NDArray[np.int64], ...]) -> bool:
-    """Whether the extremes of a tensor stay in range even if the extremes of all its scales met in one element."""
-    code = encoding(profile.infos[tensor].dtype)
-    low = sum(int(array.min(initial=0)) for array in exponents)
-    high = sum(int(array.max(initial=0)) for array in exponents)
-    top, bottom = np.ldexp(profile.largest(tensor), high), np.ldexp(profile.smallest[tensor], low)
-    return bool(top <= code.largest and bottom >= code.smallest_normal)

@@ -6,27 +6,30 @@ slices; slices of every tensor are accumulated here in float64, once.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
-from vrscope.arch.spaces import Space, Term
-from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
+from vrscope.arch.spaces import GAIN_PAIR, NORM_FOLD, Space, Term
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
+from vrscope.checkpoint.stream import Streaming, stream
 from vrscope.executors import Executor
 from vrscope.progress import Progress
-from vrscope.rescale.scaling import TensorScale, require_finite, scaled_bits
+from vrscope.rescale.scaling import TensorScale, require_finite, require_finite_pattern, scaled_bits
 from vrscope.stats.encoding import encoding
 
 if TYPE_CHECKING:
     import torch
 
 Dims = tuple[int, ...]  # dimensions along which a slice keeps its index
+Sums = dict[Dims, NDArray[np.float64]]  # four rows: the fields of Slices from `total` on
 PROFILE_BYTES = 4 << 20
 
 
@@ -84,9 +87,22 @@ class Profile:
         """Return the largest magnitude of a tensor."""
         return max((float(part.largest.max(initial=0.0)) for part in self.slices[tensor].values()), default=0.0)
 
+    def surely_in_range(self, tensor: str, exponents: tuple[NDArray[np.int64], ...]) -> bool:
+        """Whether a tensor's extremes stay normal even if the extremes of all its exponents met in one element."""
+        code = encoding(self.infos[tensor].dtype)
+        low = sum(int(array.min(initial=0)) for array in exponents)
+        high = sum(int(array.max(initial=0)) for array in exponents)
+        top, bottom = np.ldexp(self.largest(tensor), high), np.ldexp(self.smallest[tensor], low)
+        return bool(top <= code.largest and bottom >= code.smallest_normal)
+
 
 def _kept(term: Term) -> Dims:
     return tuple(dim for dim, size in enumerate(term.index.shape) if size != 1)
+
+
+def balanced(space: Space) -> bool:
+    """Return whether the sizes of the two sides of a space's scales are comparable: weights on both, exactly scaled."""
+    return space.rule not in {NORM_FOLD, GAIN_PAIR} and space.limit is None
 
 
 def profile_weights(
@@ -95,10 +111,12 @@ def profile_weights(
     executor: Executor,
     progress: Progress,
     scales: Mapping[str, TensorScale] | None = None,
+    only: Collection[str] | None = None,
 ) -> Profile:
     """Return the slices of every tensor that a space of the binding moves, and of every linear weight.
 
-    With `scales`, the weights are profiled as these would leave them, without writing anything.
+    With `scales`, the weights are profiled as these would leave them, without writing anything. With `only`, no other
+    tensors are.
 
     Raises
     ------
@@ -114,83 +132,153 @@ def profile_weights(
     for name, role in binding.roles.items():
         if role.kind == LINEAR and name not in wanted:
             wanted[name].add(())  # no space moves it, but its std is compared with a target
-    infos = {name: checkpoint.tensors[name] for name in wanted}
+    infos = {name: checkpoint.tensors[name] for name in wanted if only is None or name in only}
     after = scales or {}
-    total = sum(info.size_bytes for info in infos.values())
-    done = 0
+
+    def visit(info: TensorInfo, block: StoredBlock) -> tuple[Sums, float]:
+        scale = after.get(info.name)
+        if scale is not None:
+            require_finite(info, block)
+            block = replace(block, bits=scaled_bits(info, block, scale))
+        return (_sum_matrix if len(info.shape) <= 2 else _sum_tensor)(info, block, wanted[info.name])
+
+    how = Streaming(executor, progress, "reading weights", PROFILE_BYTES)
     slices: dict[str, Mapping[Dims, Slices]] = {}
     smallest: dict[str, float] = {}
-    for name, (parts, least) in zip(
-        wanted,
-        executor.map(lambda name: _slice(checkpoint, infos[name], wanted[name], after.get(name)), list(wanted)),
-        strict=True,
-    ):
-        slices[name], smallest[name] = parts, least
-        done += infos[name].size_bytes
-        progress("reading weights", done, total, "bytes")
+    for name, parts in stream(checkpoint, infos, visit, how):
+        info = infos[name]
+        sums = {dims: np.zeros((4, *_reduced(info, dims))) for dims in wanted[name]}
+        smallest[name] = np.inf
+        for place, (part, least) in zip(checkpoint.block_places(name, PROFILE_BYTES), parts, strict=True):
+            smallest[name] = min(smallest[name], least)
+            _merge(info, place, part, sums)
+        slices[name] = {dims: Slices(_count(info, dims), *arrays) for dims, arrays in sums.items()}
     return Profile(infos, slices, smallest)
 
 
-def _slice(
-    checkpoint: Checkpoint, info: TensorInfo, wanted: set[Dims], scale: TensorScale | None
-) -> tuple[dict[Dims, Slices], float]:
-    sums = {dims: np.zeros((4, *_reduced(info, dims))) for dims in wanted}
-    least = np.inf
-    for block in map(checkpoint.read_stored, checkpoint.block_places(info.name, PROFILE_BYTES)):
-        require_finite(info, block)
-        stored = block if scale is None else replace(block, bits=scaled_bits(info, block, scale))
-        least = min(least, (_add_matrix if len(info.shape) <= 2 else _add_tensor)(info, stored, sums))
-    found = {}
-    for dims, arrays in sums.items():
-        slice_count = int(np.prod([size for dim, size in enumerate(info.shape) if dim not in dims], dtype=np.int64))
-        found[dims] = Slices(slice_count, *arrays)
-    return found, least
+def rescaled_profile(
+    checkpoint: Checkpoint,
+    binding: Binding,
+    before: Profile,
+    scales: Mapping[str, TensorScale],
+    executor: Executor,
+    progress: Progress,
+) -> Profile:
+    """Return what `profile_weights` with `scales` would of balanced spaces and of stds, reading as little as possible.
+
+    Where powers of two do not differ within a slice, the sums after follow from those before without rounding. Of
+    tensors that are not read, the other slices are missing, and the smallest magnitude.
+
+    Raises
+    ------
+    PlanError
+        If a power of two pushes a weight out of the normal range of its stored type.
+    """
+    needed: dict[str, set[Dims]] = defaultdict(set)
+    for term in (term for space in binding.spaces if balanced(space) for term in space.terms):
+        needed[term.tensor].add(_kept(term))
+    derived: dict[str, set[Dims]] = {}
+    for name, scale in scales.items():
+        if name not in before.slices:
+            continue
+        along = {dim for array in scale.exponents for dim, size in enumerate(array.shape) if size != 1}
+        fitting = {dims for dims in before.slices[name] if along <= set(dims)}
+        if scale.exponents and fitting >= needed[name] and fitting and before.surely_in_range(name, scale.exponents):
+            derived[name] = needed[name] or fitting
+    read = profile_weights(checkpoint, binding, executor, progress, scales, scales.keys() - derived.keys())
+    return Profile(before.infos, _Rescaled(before, read, scales, derived), read.smallest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rescaled(Mapping[str, Mapping[Dims, Slices]]):
+    """Slices after a plan, made from those before when asked for, so that they take no memory."""
+
+    before: Profile
+    read: Profile
+    scales: Mapping[str, TensorScale]
+    derived: Mapping[str, set[Dims]]
+
+    def __getitem__(self, name: str) -> Mapping[Dims, Slices]:
+        if name not in self.derived:
+            return (self.read if name in self.read.slices else self.before).slices[name]
+        exponents: Any = sum(self.scales[name].exponents)
+        return {dims: _moved(self.before.slices[name][dims], exponents) for dims in sorted(self.derived[name])}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.before.slices)
+
+    def __len__(self) -> int:
+        return len(self.before.slices)
+
+
+def _moved(slices: Slices, exponents: NDArray[np.int64]) -> Slices:
+    """Return slices of weights times powers of two that broadcast against the slices."""
+    return Slices(
+        slices.count,
+        np.ldexp(slices.total, exponents),
+        np.ldexp(slices.absolute, exponents),
+        np.ldexp(slices.square, 2 * exponents),
+        np.ldexp(slices.largest, exponents),
+    )
 
 
 def _reduced(info: TensorInfo, dims: Dims) -> list[int]:
     return [size if dim in dims else 1 for dim, size in enumerate(info.shape)]
 
 
-def _add_matrix(info: TensorInfo, block: StoredBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
-    """Add a block of a matrix or vector to its sums, and return its smallest nonzero magnitude."""
+def _count(info: TensorInfo, dims: Dims) -> int:
+    """Return how many elements a slice has."""
+    return math.prod(size for dim, size in enumerate(info.shape) if dim not in dims)
+
+
+def _merge(info: TensorInfo, place: BlockPlace, part: Sums, sums: Sums) -> None:
+    """Add what one block contributes."""
+    first = place.first_row if len(info.shape) > 1 else place.first_column
+    for dims, arrays in sums.items():
+        here = arrays[:, first : first + part[dims].shape[1]] if 0 in dims else arrays
+        here[:3] += part[dims][:3]
+        np.maximum(here[3], part[dims][3], out=here[3])
+
+
+def _sum_matrix(info: TensorInfo, block: StoredBlock, wanted: Collection[Dims]) -> tuple[Sums, float]:
+    """Return the sums of a block of a matrix or vector, and its smallest magnitude that is not zero."""
     from vrscope.rescale.kernels import add_sums
 
-    values = encoding(info.dtype).floats(block.bits)
-    rows, columns = np.zeros((4, values.shape[0])), np.zeros((4, values.shape[1]))
-    least = float(add_sums(values, rows, columns))
-    for dims, arrays in sums.items():
+    code, (n, m) = encoding(info.dtype), block.shape
+    bits = block.bits
+    rows, columns = np.zeros((n, 3)), np.zeros((3, m))
+    row_tops, column_tops = np.zeros(n, bits.dtype), np.zeros(m, bits.dtype)
+    least = add_sums(bits, None if info.dtype == "BF16" else code.floats(bits), rows, columns, row_tops, column_tops)
+    require_finite_pattern(info, int(row_tops.max(initial=0)))
+    by_row = np.vstack((rows.T, code.floats(row_tops)))
+    by_column = np.vstack((columns, code.floats(column_tops)))
+    pooled = np.append(by_row[:3].sum(axis=1), by_row[3].max(initial=0.0))
+    sums = {}
+    for dims in wanted:
         if len(info.shape) < 2:  # a vector is one row; its elements are columns
-            part = columns if dims else rows
-            here = arrays[:, block.first_column : block.first_column + values.shape[1]] if dims else arrays
-            here = here.reshape(4, -1)
+            sums[dims] = by_column if dims else pooled.reshape(4, *_reduced(info, dims))
+        elif dims:
+            sums[dims] = by_row[:, :, None] if 0 in dims else by_column[:, None, :]
         else:
-            part = rows[:, :, None] if 0 in dims else columns[:, None, :]
-            here = arrays[:, block.first_row : block.first_row + values.shape[0]] if 0 in dims else arrays
-            if not dims:
-                part = _pool(rows)[:, None, None]
-        here[:3] += part[:3]
-        np.maximum(here[3], part[3], out=here[3])
-    return least
+            sums[dims] = pooled[:, None, None]
+    least = int(least) + 1  # as if of a type one bit wider: 0 alone has become the largest number
+    return sums, float(code.floats(np.array([least], bits.dtype))[0]) if least >> code.width == 0 else np.inf
 
 
-def _pool(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.append(rows[:3].sum(axis=1), rows[3].max(initial=0.0))
-
-
-def _add_tensor(info: TensorInfo, block: StoredBlock, sums: Mapping[Dims, NDArray[np.float64]]) -> float:
-    """Add a block of a tensor of three or more dimensions to its sums, and return its smallest nonzero magnitude."""
+def _sum_tensor(info: TensorInfo, block: StoredBlock, wanted: Collection[Dims]) -> tuple[Sums, float]:
+    """Return the sums of a block of a tensor of three or more dimensions, and its smallest nonzero magnitude."""
     import torch
 
+    require_finite(info, block)
     values = block.values.reshape(-1, *info.shape[1:]).to(torch.float64)
     magnitude = values.abs()
-    for dims, arrays in sums.items():
+    sums = {}
+    for dims in wanted:
         over = [dim for dim in range(len(info.shape)) if dim not in dims]
-        here = arrays[:, block.first_row : block.first_row + values.shape[0]] if 0 in dims else arrays
-        for at, part in enumerate((values, magnitude, magnitude * magnitude)):
-            here[at] += _sum(part, over)
         peak = torch.amax(magnitude, dim=over, keepdim=True).numpy() if over else magnitude.numpy()
-        np.maximum(here[3], peak, out=here[3])
-    return float(torch.where(magnitude > 0, magnitude, torch.inf).min())
+        parts = [_sum(part, over) for part in (values, magnitude, magnitude * magnitude)]
+        sums[dims] = np.stack((*parts, peak))
+    return sums, float(torch.where(magnitude > 0, magnitude, torch.inf).min())
 
 
 def _sum(values: torch.Tensor, over: list[int]) -> NDArray[np.float64]:

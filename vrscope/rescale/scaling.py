@@ -239,7 +239,19 @@ def require_finite(info: TensorInfo, block: RowBlock | StoredBlock) -> None:
     """
     from vrscope.rescale.kernels import largest_pattern
 
-    if info.is_float and largest_pattern(_bits(block).reshape(-1)) > _LARGEST_FINITE[info.dtype]:
+    if info.is_float:
+        require_finite_pattern(info, largest_pattern(_bits(block).reshape(-1)))
+
+
+def require_finite_pattern(info: TensorInfo, largest: int) -> None:
+    """Refuse weights whose largest pattern without sign is that of NaN or infinity.
+
+    Raises
+    ------
+    CheckpointError
+        If it is.
+    """
+    if largest > _LARGEST_FINITE[info.dtype]:
         message = (
             f"{info.name} ({info.shard}): has NaN or infinite weights, so it is not rescaled. "
             "`vrscope analyze --weights-only` counts them."
