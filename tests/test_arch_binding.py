@@ -14,7 +14,9 @@ from tiny_models import MODELS, save_tiny
 from vrscope.arch.binding import bind, families
 from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import open_checkpoint
-from vrscope.errors import CheckpointError, FamilyError
+from vrscope.errors import CheckpointError, FamilyError, PlanError
+from vrscope.rescale.plan import RescalePlan
+from vrscope.rescale.scaling import tensor_scales
 
 # Tensors that some files lack, and that no scale depends on.
 OPTIONAL = {
@@ -340,3 +342,22 @@ def test_families_cover_the_rules():
     assert {family.name for family in families()} >= {
         "llama", "qwen2", "qwen3", "mixtral", "gemma2", "gemma3", "gpt2", "opt", "opt_postln", "bert",
     }  # fmt: skip
+
+
+def test_scales_may_be_negative_where_everything_between_is_linear(tmp_path):
+    llama, opt = (bind(open_checkpoint(save_tiny(case, tmp_path / case))) for case in ("llama", "opt"))
+    assert {space.rule for space in llama.spaces if space.signed} == {"q.k", "v.o", "up.down", "norm fold"}
+    assert all(space.signed for space in llama.spaces)
+    assert {space.rule for space in opt.spaces if not space.signed} == {"fc1.fc2"}  # behind a ReLU
+    loose = bind(open_checkpoint(tmp_path / "llama"), approximate=True)
+    assert not any(space.signed for space in loose.spaces if space.limit is not None)
+
+
+def test_a_plan_with_a_sign_behind_a_relu_is_refused(tmp_path):
+    checkpoint = open_checkpoint(save_tiny("opt", tmp_path / "opt"))
+    binding = bind(checkpoint)
+    space = next(space for space in binding.spaces if space.rule == "fc1.fc2")
+    signs = {space.name: np.ones(space.size, bool)}
+    plan = RescalePlan("gpt2", "none", {}, "pow2", {space.name: np.zeros(space.size, np.int64)}, "", negative=signs)
+    with pytest.raises(PlanError, match="negative scales, but a ReLU"):
+        tensor_scales(binding, plan)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrscope.errors import UnknownNameError
+from vrscope.quant import roundtrip
 from vrscope.quant.formats import FORMATS, Format, ScaleScope, get_format
 
 CASES = pytest.mark.parametrize("entry", FORMATS, ids=[entry.name for entry in FORMATS])
@@ -112,6 +113,17 @@ def test_factors_that_vary_inside_a_scale_block_are_felt(entry: Format) -> None:
     factors = torch.exp2(torch.arange(256.0) % 3)
     assert not torch.equal(entry.roundtrip(weight * factors), entry.roundtrip(weight) * factors)
     assert entry.scope.feels(np.ones(32), factors.numpy())
+
+
+@CASES
+def test_odd_formats_round_minus_a_weight_to_minus_what_it_rounds_to(entry: Format) -> None:
+    """The others do not for some weight: one of equal extremes, or with values on the bounds between codes."""
+    bounds = torch.tensor(roundtrip.codebook("fp4")[1])
+    edge = torch.cat([torch.tensor([1.0, -1.0]), bounds, torch.zeros(64 - 2 - len(bounds))]).repeat(64, 2)
+    even = torch.tensor([7.5, -7.5]).repeat(64, 64)  # whose zero point lies halfway between two integers
+    plain = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.02
+    same = [torch.equal(entry.roundtrip(-weight), -entry.roundtrip(weight)) for weight in (edge, even, plain)]
+    assert all(same) if entry.odd else not all(same[:2])
 
 
 def test_double_quantization_feels_factors_of_single_blocks_and_plain_nf4_does_not() -> None:

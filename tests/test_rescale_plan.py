@@ -62,6 +62,27 @@ def test_composition_adds_exponents_and_multiplies_factors():
     assert plan().then(plan().inverse()).changed == 0
 
 
+def signed(**changes):
+    return plan(negative={"a": np.array([1, 0, 0, 1, 0, 0, 1], bool)}, **changes)
+
+
+def test_signs_survive_the_file_and_older_readers_refuse_it(tmp_path):
+    text = signed().to_json()
+    assert '"negative"' in text and json.loads(text)["vrscope_plan"] == 2
+    after = RescalePlan.load(signed().save(tmp_path / "plan.json"))
+    assert after.negative["a"].dtype == bool and np.array_equal(after.negative["a"], signed().negative["a"])
+    assert after.equivalent == "bit-equal"
+    assert json.loads(plan().to_json())["vrscope_plan"] == 1 and not plan().negative
+
+
+def test_signs_count_as_changes_and_cancel_when_composed():
+    assert signed().changed == 5 and signed().moved("a").tolist() == [True, False, False, True, True, True, True]
+    assert signed().only(["b"]).changed == 0 and not signed().only(["b"]).negative
+    assert signed().then(signed().inverse()).changed == 0
+    both = signed().then(plan("free", source="r" * 64))
+    assert both.scales == "free" and np.array_equal(both.signs("a"), signed().signs("a"))
+
+
 def test_composition_refuses_what_does_not_join():
     with pytest.raises(PlanError, match="second plan is for"):
         plan().then(plan(source="x" * 64))
@@ -86,6 +107,9 @@ def test_composition_refuses_what_does_not_join():
         (lambda body: body.update(affine={"w": [1]}), "not a vrscope plan"),
         (lambda body: body.update(affine={"w": [1, float("nan")]}), "must be finite"),
         (lambda body: body.update(zeroed="abc"), "must be a list"),
+        (lambda body: body.update(negative={"a": "0x6 2"}), "zeros and ones"),
+        (lambda body: body.update(negative={"a": "0x6"}), "zeros and ones"),
+        (lambda body: body.update(negative={"z": "1"}), "zeros and ones"),
     ],
 )
 def test_a_damaged_plan_is_refused_in_one_line(change, words):

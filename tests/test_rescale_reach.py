@@ -106,6 +106,24 @@ def test_reach_agrees_with_how_every_weight_rounds(llama, tmp_path, method, rule
         assert (moved > 0) == table.loc[entry.name, "can_change"], entry.name
 
 
+def test_signs_alone_are_felt_by_levels_that_differ_on_the_two_sides_of_zero(llama, tmp_path):
+    binding = bind(llama)
+    signs = {space.name: np.arange(space.size) % 2 == 0 for space in binding.spaces if space.rule == "norm fold"}
+    spaces = {name: np.zeros(values.size, np.int64) for name, values in signs.items()}
+    plan = RescalePlan("llama", "none", {}, "pow2", spaces, llama.fingerprint(), negative=signs)
+    apply_plan(llama, binding, plan, tmp_path / "out", force=False, progress=silent)
+    table = reach(llama, binding, plan, FORMATS).set_index("format")
+    first, second = (load_file(folder / "model.safetensors") for folder in (llama.folder, tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    turned = torch.where(first[name].signbit() == second[name].signbit(), 1.0, -1.0)
+    assert torch.equal(second[name], first[name] * turned) and 0.4 < float((turned < 0).float().mean()) < 0.6
+    for entry in FORMATS:
+        same = torch.equal(entry.roundtrip(second[name]), entry.roundtrip(first[name]) * turned)
+        assert same == (not table.loc[entry.name, "can_change"]) or entry.name == "fp4", entry.name
+    changing = set(table.index[table["can_change"]])
+    assert changing == {"nf4", "nf4-dq", "fp4", "int4-g32", "int4-g64", "int4-g128", "int4-row"}
+
+
 def test_an_empty_plan_changes_nothing(llama):
     plan = RescalePlan("llama", "none", {}, "pow2", {}, llama.fingerprint())
     table = reach(llama, bind(llama), plan, FORMATS)

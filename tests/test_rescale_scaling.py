@@ -126,3 +126,16 @@ def test_not_a_number_is_refused_with_the_tensor_named(tmp_path, dtype):
     (block,) = checkpoint.row_blocks("some.weight")
     with pytest.raises(CheckpointError, match=r"some\.weight"):
         require_finite(checkpoint.tensors["some.weight"], block)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_negative_scale_turns_every_sign_also_of_zero(dtype):
+    generator = np.random.default_rng(1)
+    values = torch.from_numpy(generator.uniform(1, 4, (12, 10)) * generator.choice([-1, 1], (12, 10))).to(TYPES[dtype])
+    values[0, 0], values[1, 1] = 0.0, -0.0
+    rows, columns = generator.random((12, 1)) < 0.5, generator.random((1, 10)) < 0.5
+    for exponents in (np.zeros((12, 1), np.int64), np.ones((12, 10), np.int64)):  # bits alone, and multiplied
+        scale = TensorScale((exponents,), negative=(rows, columns))
+        after = scale_block(info_of(values, dtype), RowBlock(0, values), scale).double().numpy()
+        expected = np.ldexp(values.double().numpy(), exponents.astype(np.int32)) * np.where(rows ^ columns, -1.0, 1.0)
+        assert np.array_equal(after.view(np.int64), expected.view(np.int64))

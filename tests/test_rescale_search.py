@@ -7,7 +7,7 @@ import pytest
 
 from vrscope.quant.formats import FORMATS, get_format
 from vrscope.rescale.readers import Reader
-from vrscope.rescale.search import _Work, search
+from vrscope.rescale.search import Found, Scales, _nothing, _Work, search
 
 SEARCHED = [
     entry.name for entry in FORMATS if entry.levels is not None and not entry.scope.nested and entry.name != "int8"
@@ -24,19 +24,25 @@ def reader(seed: int = 0, ids: np.ndarray | None = None, power: int = -1, column
     return Reader(np.arange(columns) if ids is None else ids, power, weight, importance, held_out)
 
 
-def true_damage(own: Reader, name: str, exponents: np.ndarray, held_out: bool = False) -> float:
+def scales_of(exponents: np.ndarray, negative: np.ndarray | None = None) -> Scales:
+    return Scales(exponents, np.zeros(exponents.shape, bool) if negative is None else negative)
+
+
+def true_damage(own: Reader, name: str, scales: Scales | Found, held_out: bool = False) -> float:
     """Return the damage through the format's own round trip, in float64."""
-    factors = np.exp2(own.power * np.append(exponents, 0)[own.ids]).astype(np.float32)
+    signs = np.where(np.append(scales.negative, False), -1.0, 1.0)
+    factors = ((signs * np.exp2(np.append(scales.exponents, 0)))[own.ids] ** own.power).astype(np.float32)
     error = own.weight - get_format(name).of_array(np.ascontiguousarray(own.weight * factors)) / factors
     return float(((own.held_out if held_out else own.importance) * error.astype(np.float64) ** 2).sum() / 2)
 
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_damage_is_that_of_the_format(name: str) -> None:
-    exponents = np.random.default_rng(1).integers(-3, 4, COLUMNS)
+    generator = np.random.default_rng(1)
+    scales = scales_of(generator.integers(-3, 4, COLUMNS), generator.random(COLUMNS) < 0.5)
     for own in (reader(), reader(power=-2)):
-        found = _Work.of(own, [get_format(name)]).damage(exponents, held_out=False)
-        assert found[0] == pytest.approx(true_damage(own, name, exponents), rel=1e-4)
+        found = _Work.of(own, [get_format(name)]).damage(scales, held_out=False)
+        assert found[0] == pytest.approx(true_damage(own, name, scales), rel=1e-4)
 
 
 @pytest.mark.parametrize("columns", [192, 100, 40])
@@ -46,16 +52,17 @@ def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None
 
     own = reader(2, columns=columns)
     work = _Work.of(own, [get_format(name)])
-    exponents = np.random.default_rng(3).integers(-2, 3, columns)
-    before = work.damage(exponents, held_out=False)[0]
-    factors = work.factors(exponents)
+    scales = scales_of(np.random.default_rng(3).integers(-2, 3, columns))
+    before = work.damage(scales, held_out=False)[0]
+    factors = work.factors(scales)
     format_ = tuple(part[0] for part in work.formats[:4])
     values = np.empty(int(format_[2]), np.float32)
     for column in (0, 7, columns - 1):
-        for step in (-2, 1):
-            trial = exponents.copy()
-            trial[column] += step
-            factor = np.float32(2.0 ** -float(trial[column]))
+        for step in (-2, 1, 0):  # 0 for the other sign
+            trial = scales_of(scales.exponents.copy(), scales.negative.copy())
+            trial.exponents[column] += step
+            trial.negative[column] = step == 0
+            factor = np.float32((-1.0 if step == 0 else 1.0) * 2.0 ** -float(trial.exponents[column]))
             arguments = (own.weight, own.importance, factors, format_, work.errors[0], work.spans[0])
             told = change(*arguments, column, factor, False, values)
             fresh = _Work.of(own, [get_format(name)])
@@ -64,7 +71,7 @@ def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None
             assert change(*arguments, column, factor, True, values) == pytest.approx(told, rel=1e-6, abs=1e-9 * before)
             np.testing.assert_array_equal(work.errors[0], fresh.errors[0])
             np.testing.assert_array_equal(work.spans[0], fresh.spans[0])
-            change(*arguments, column, np.float32(2.0 ** -float(exponents[column])), True, values)
+            change(*arguments, column, np.float32(2.0 ** -float(scales.exponents[column])), True, values)
 
 
 @pytest.mark.parametrize("names", [("int4-g64",), ("nf4",), ("int4-g64", "nf4")])
@@ -74,11 +81,32 @@ def test_the_search_lowers_the_true_damage_of_every_format_on_both_texts(names: 
     assert found.stage == "search" and found.method == "awq"
     assert np.abs(found.exponents).max() <= 6
     for name in names:
-        nothing = np.zeros(COLUMNS, np.int64)
+        nothing = _nothing(COLUMNS)
+        assert not found.negative.any()  # nobody said that scales may be
         assert found.before[name] == pytest.approx(true_damage(own, name, nothing, held_out=True), rel=1e-4)
-        assert found.after[name] == pytest.approx(true_damage(own, name, found.exponents, held_out=True), rel=1e-4)
+        assert found.after[name] == pytest.approx(true_damage(own, name, found, held_out=True), rel=1e-4)
         assert found.after[name] < 0.9 * found.before[name]
-        assert true_damage(own, name, found.exponents) < 0.9 * true_damage(own, name, nothing)
+        assert true_damage(own, name, found) < 0.9 * true_damage(own, name, nothing)
+
+
+def leaning(own: Reader) -> Reader:
+    """Return a reader whose columns lean to one side of zero, half of them to the other one."""
+    own.weight[:] = np.abs(own.weight) * np.where(np.arange(COLUMNS) % 2, -1, 1)
+    return own
+
+
+def test_signs_lower_the_damage_of_lopsided_levels_only() -> None:
+    own = leaning(reader(13))
+    for name, gain in (("int4-g64", 0.7), ("nf4", 1.0), ("int8-row", None)):
+        plain, signed = (
+            search([own], [(get_format(name), 1.0)], COLUMNS, {}, limit=6, signed=signed) for signed in (False, True)
+        )
+        if gain is None:
+            assert not signed.negative.any() and np.array_equal(signed.exponents, plain.exponents)
+            continue
+        assert signed.negative.any() and not plain.negative.any()
+        assert signed.after[name] == pytest.approx(true_damage(own, name, signed, held_out=True), rel=1e-4)
+        assert signed.after[name] < gain * plain.after[name]
 
 
 def test_descent_goes_below_the_grid() -> None:
@@ -89,7 +117,7 @@ def test_descent_goes_below_the_grid() -> None:
         patch.setattr(module, "SWEEPS", 0)
         grid = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS, {}, limit=6)
     found = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS, {}, limit=6)
-    assert true_damage(own, "int4-g64", found.exponents) < 0.98 * true_damage(own, "int4-g64", grid.exponents)
+    assert true_damage(own, "int4-g64", found) < 0.98 * true_damage(own, "int4-g64", grid)
 
 
 def test_what_held_out_text_contradicts_is_not_taken() -> None:
@@ -114,9 +142,8 @@ def test_columns_in_one_unit_that_share_a_scale_descend_correctly() -> None:
     ids = np.arange(COLUMNS) // 2  # neighbours, in the same group
     own = reader(8, ids)
     found = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS // 2, {}, limit=3)
-    nothing = np.zeros(COLUMNS // 2, np.int64)
-    assert true_damage(own, "int4-g64", found.exponents) < true_damage(own, "int4-g64", nothing)
-    assert found.after["int4-g64"] == pytest.approx(true_damage(own, "int4-g64", found.exponents, True), rel=1e-4)
+    assert true_damage(own, "int4-g64", found) < true_damage(own, "int4-g64", _nothing(COLUMNS // 2))
+    assert found.after["int4-g64"] == pytest.approx(true_damage(own, "int4-g64", found, True), rel=1e-4)
 
 
 def test_columns_of_other_spaces_stay_and_two_patterns_are_searched_by_grid() -> None:
@@ -127,7 +154,7 @@ def test_columns_of_other_spaces_stay_and_two_patterns_are_searched_by_grid() ->
     assert found.stage in {"grid", ""}
     own = reader(11, ids)
     only = search([own], [(get_format("nf4"), 1.0)], 128, {}, limit=6)
-    factors = _Work.of(own, [get_format("nf4")]).factors(only.exponents)
+    factors = _Work.of(own, [get_format("nf4")]).factors(Scales(only.exponents, only.negative))
     assert only.exponents.any() and (factors[128:] == 1).all()
 
 

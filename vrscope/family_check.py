@@ -11,7 +11,6 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +58,7 @@ def check_family(
         out = Path(folder) / "rescaled"
 
         def compared(names: Iterable[str], dtype: str, *, eps: bool = True) -> LogitComparison:
-            part = replace(plan, spaces={name: plan.spaces[name] for name in names})
-            apply_plan(checkpoint, binding, part, out, force=True, progress=progress)
+            apply_plan(checkpoint, binding, plan.only(names), out, force=True, progress=progress)
             return compare_logits(checkpoint, open_checkpoint(out), sample, device=device, dtype=dtype, eps=eps)
 
         spaces = sum(space.limit is None for space in binding.spaces)
@@ -72,8 +70,8 @@ def check_family(
             found = compared(_names(exact), dtype)
             if not found.bit_equal:
                 raise VerificationError(_broken(binding, exact, lambda names: compared(names, "float32"), found))
-            changed = sum(int(np.count_nonzero(plan.spaces[name])) for name in _names(exact))
-            detail = f"{changed:,} random powers of two on all spaces at once; {found.tokens} random tokens"
+            changed = plan.only(_names(exact)).changed
+            detail = f"{changed:,} random powers of two and signs on all spaces at once; {found.tokens} random tokens"
             rows.append((f"outputs, {dtype}", BIT_EQUAL, detail))
         if limited:
             rows += _check_limited(binding, limited, compared)

@@ -164,6 +164,7 @@ def _space(
         axes=tuple(full.axes[at] for at in keep),
         terms=tuple(replace(term, index=merged[term.index]) for term in full.terms),
         limit=Limit(eps, max(members[name] for name in absorbing), inputs, frozenset(one_plus)),
+        signed=False,  # a norm takes a scale away but not its sign
     )
 
 

@@ -98,6 +98,8 @@ class Space:
         Every tensor that must follow.
     limit
         None if any scale is exact; else what limits it.
+    signed
+        Whether a scale may be negative: everything between writers and readers is linear, with no ReLU in between.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Space:
     axes: tuple[str, ...]
     terms: tuple[Term, ...]
     limit: Limit | None = None
+    signed: bool = False
 
     @property
     def exact(self) -> bool:
@@ -232,7 +235,8 @@ def make_space(
         rule = GAIN_PAIR
     shown = tuple("pair" if axis in ties_on else axis for axis in axes)
     size = int(np.prod(shape, dtype=np.int64))
-    return Space(name, rule, scope[1], size, shape, shown, tuple(terms))
+    linear = all(edge.operation.kind != "act" for edge in edges)
+    return Space(name, rule, scope[1], size, shape, shown, tuple(terms), signed=linear)
 
 
 Use = tuple[Node, str, str, int, tuple[str, ...]]  # node, "out" or "in", space, power, axes its dimension carries

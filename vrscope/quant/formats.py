@@ -121,6 +121,9 @@ class Format:
     reference
         The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
         what this gives. None if `roundtrip` is that.
+    odd
+        Whether minus a weight always rounds to minus what the weight rounds to, so that signs change nothing. Code
+        books do not, not even one that is the same on both sides of zero: what lies on a bound goes down.
     levels
         What a unit of `scope` rounds to, nested scales, quantized inputs and the float16 steps of LLM.int8 aside.
     inputs
@@ -137,6 +140,7 @@ class Format:
     roundtrip: Callable[[Tensor], Tensor]
     values: Callable[[Singles], Singles] | None = None
     reference: Callable[[Tensor], Tensor] | None = None
+    odd: bool = False
     levels: Levels | None = None
     inputs: Callable[[Tensor], Tensor] | None = None
 
@@ -189,6 +193,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("row"),
         activations=True,
         **_looped(roundtrip.llm_int8, bnb.int8_rows),
+        odd=True,
         levels=Levels("symmetric", 127),
     ),
     Format(
@@ -199,6 +204,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("row"),
         activations=True,
         **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        odd=True,
         levels=Levels("symmetric", 127),
         inputs=simulated.int8_per_tensor,
     ),
@@ -210,6 +216,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("row"),
         activations=False,
         **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        odd=True,
         levels=Levels("symmetric", 127),
     ),
     Format(
@@ -220,6 +227,7 @@ FORMATS: tuple[Format, ...] = (
         ScaleScope("tensor"),
         activations=False,
         **_looped(roundtrip.int8_tensor, simulated.int8_per_tensor),
+        odd=True,
     ),
     Format(
         "nf4",

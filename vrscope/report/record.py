@@ -37,6 +37,7 @@ def spaces(report: Report) -> Section | None:
     columns = (
         "layer",
         "size",
+        "negative",
         "exponent_min",
         "exponent_max",
         "exponent_mean_abs",
@@ -55,8 +56,9 @@ def spaces(report: Report) -> Section | None:
         cells += [Cell(number(data[name][k]), "num") for name in shown]
         rows.append((*cells, Cell(note, "words")))
     lead = (
-        "A space is a vector of activations; the plan multiplies what writes it by powers of two and divides what "
-        "reads it by the same. Imbalance is the ratio of the norms on its two sides: 1 is balanced."
+        "A space is a vector of activations; the plan multiplies what writes it by powers of two, some of them "
+        "negative, and divides what reads it by the same. Imbalance is the ratio of the norms on its two sides: 1 is "
+        "balanced."
     )
     done = f"{sum(c is True for c in changed)} of {number(len(changed))} spaces changed"
     table = Table("Spaces of the plan", tuple(heads), tuple(rows), fold=f"Show all: {done}")
@@ -89,6 +91,7 @@ def _rules(frame: pd.DataFrame, changed: list[bool | None]) -> tuple[Block, ...]
     low, high, before, after = (
         numbers(frame, c) for c in ("exponent_min", "exponent_max", "imbalance_before", "imbalance_after")
     )
+    negative, size = (numbers(frame, c) for c in ("negative", "size"))
     groups: dict[str, list[int]] = {}
     for k, rule in enumerate(texts(frame, "rule")):
         groups.setdefault(rule, []).append(k)
@@ -96,6 +99,7 @@ def _rules(frame: pd.DataFrame, changed: list[bool | None]) -> tuple[Block, ...]
         Head("rule"),
         Head("spaces changed", numeric=True),
         Head("exponents", "powers of two", "Smallest and largest exponent chosen.", numeric=True),
+        Head("negative", "", "Share of the scales that also turn the sign.", numeric=True),
         Head("imbalance before", "factor", "Median norm ratio of the two sides.", numeric=True),
         Head("imbalance after", "factor", "Median norm ratio of the two sides.", numeric=True),
     )
@@ -105,7 +109,8 @@ def _rules(frame: pd.DataFrame, changed: list[bool | None]) -> tuple[Block, ...]
         ends = [_pick(np.min, low[at]), _pick(np.max, high[at])]
         reach = ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
         middle = [Cell(_pick(np.median, side[at]), "num") for side in (before, after)]
-        rows.append((Cell(rule or MISSING, "strong"), Cell(moved, "num"), Cell(reach, "num"), *middle))
+        turned = f"{100 * np.nansum(negative[at]) / max(np.nansum(size[at]), 1):.0f} %"
+        rows.append((Cell(rule or MISSING, "strong"), *(Cell(text, "num") for text in (moved, reach, turned)), *middle))
     return (Table("Spaces by rule", heads, tuple(rows)),)
 
 

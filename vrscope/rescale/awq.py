@@ -1,14 +1,14 @@
 """Scales chosen by what rounding costs the output: for every space the search of `vrscope.rescale.search`.
 
 A relative of AWQ (arXiv 2306.00978), with four differences: the objective is the predicted damage of the whole model,
-from gradients, not the error of one layer's output; the exponents are searched for one by one; several formats count at
-once; and what does not hold on held-out text is not taken.
+from gradients, not the error of one layer's output; exponents and signs are searched for one by one; several formats
+count at once; and what does not hold on held-out text is not taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,10 +29,21 @@ STAGE = "searching scales"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """Log2 scales, and for each space and format what they are predicted to gain (rows of the table "gains")."""
+    """What a method chose.
+
+    Attributes
+    ----------
+    exponents
+        Space name to log2 of the scales, shape `(size,)`.
+    negative
+        Space name to which scales are negative, bool of shape `(size,)`; of spaces where none is, nothing.
+    gains
+        For each space and format what the scales are predicted to gain: rows of the table "gains".
+    """
 
     exponents: Exponents
-    gains: tuple[Mapping[str, Any], ...]
+    negative: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    gains: tuple[Mapping[str, Any], ...] = ()
 
 
 def searchable(names: Sequence[str]) -> tuple[Format, ...]:
@@ -89,20 +100,23 @@ def choose(situation: Situation, given: Mapping[str, Exponents]) -> Choice:
     def look(space: Space) -> Found | None:
         starts = {name: values[space.name] for name, values in given.items() if space.name in values}
         found = readers(space)
-        return search(found, formats, space.size, starts, situation.options.limit) if found else None
+        limit = situation.options.limit
+        return search(found, formats, space.size, starts, limit, space.signed) if found else None
 
     # The formats count alike: each by its share of its own damage in the whole model.
     totals = np.sum([part for part in situation.executor.map(base, spaces) if part is not None], axis=0)
     if not np.ndim(totals):
-        return Choice({}, ())
+        return Choice({})
     formats = [(entry, 1 / total if total > 0 else 0.0) for entry, total in zip(entries, totals, strict=True)]
-    exponents, gains = {}, []
+    exponents, negative, gains = {}, {}, []
     for number, (space, found) in enumerate(zip(spaces, situation.executor.map(look, spaces), strict=True), 1):
         situation.progress(STAGE, number, len(spaces), "spaces")
         if found is not None:
             exponents[space.name] = found.exponents.astype(np.float64)
+            if found.negative.any():
+                negative[space.name] = found.negative
             gains += _gains(space, found)
-    return Choice(exponents, tuple(gains))
+    return Choice(exponents, negative, tuple(gains))
 
 
 def _gains(space: Space, found: Found) -> list[Mapping[str, Any]]:
@@ -113,7 +127,7 @@ def _gains(space: Space, found: Found) -> list[Mapping[str, Any]]:
     }.get(
         found.method if found.method == NONE else found.stage,
         ("A grid" if found.method == AWQ else f"The scales of {found.method}")
-        + ", then steps of single exponents, do best on held-out text.",
+        + ", then moves of single scales, do best on held-out text.",
     )
     shared = {"space": space.name, "rule": space.rule, "layer": space.layer, "method": found.method}
     return [

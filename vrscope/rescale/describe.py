@@ -29,6 +29,7 @@ SPACE_COLUMNS = (
     Column("layer", "", "Layer number from 0; empty outside the layers."),
     Column("size", "scales", "Number of free scales: channels, or RoPE pairs of channels, per KV group."),
     Column("changed", "scales", "Scales that the plan sets to something other than 1."),
+    Column("negative", "scales", "Scales that are negative."),
     Column("exponent_min", "log2", "Smallest exponent."),
     Column("exponent_max", "log2", "Largest exponent."),
     Column("exponent_mean_abs", "log2", "Mean magnitude of the exponents."),
@@ -70,6 +71,7 @@ def describe_spaces(
     for space in usable_spaces(binding, plan.scales):
         values = plan.spaces.get(space.name, np.zeros(space.size) if plan.scales == POW2 else np.ones(space.size))
         exponents = values if plan.scales == POW2 else np.log2(values)
+        moved = plan.moved(space.name) if space.name in plan.spaces else np.zeros(space.size, np.bool_)
         before, after = (_imbalance(space, profile) for profile in profiles)
         names = felt.get(space.name, ())
         rows.append(
@@ -78,11 +80,12 @@ def describe_spaces(
                 "rule": space.rule,
                 "layer": space.layer,
                 "size": space.size,
-                "changed": int(np.count_nonzero(exponents)),
+                "changed": int(np.count_nonzero(moved)),
+                "negative": int(np.count_nonzero(plan.negative.get(space.name, 0))),
                 **_range(exponents),
                 "imbalance_before": before,
                 "imbalance_after": after,
-                "note": f"felt by {', '.join(names)}" if names else "no format feels it" if np.any(exponents) else "",
+                "note": f"felt by {', '.join(names)}" if names else "no format feels it" if moved.any() else "",
             }
         )
     return _frame(pd, rows, SPACE_COLUMNS)

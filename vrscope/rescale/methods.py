@@ -298,19 +298,24 @@ def _integer_descent(
     return best
 
 
-def random(situation: Situation) -> Exponents:
-    """Put random scales on every channel of every space: whatever declaration is wrong, the logits will show it."""
+def random(situation: Situation) -> Choice:
+    """Put random scales on every channel of every space: whatever declaration is wrong, the logits will show it.
+
+    Half of them are negative where scales may be.
+    """
     generator = np.random.default_rng(situation.options.seed)
     pow2 = situation.options.scales == POW2
     most = min(situation.options.limit, 3 if pow2 else 2)
-    chosen = {}
+    chosen, negative = {}, {}
     for space in situation.spaces:
         low, high = np.clip(reach_of(space, situation.options), -most, most)
         if space.limit is not None and low == 0:
             low = min(1, high)  # a norm has one scale or few; left at 1, they would test nothing
         drawn = generator.integers(low, high + 1, space.size) if pow2 else generator.uniform(low, high, space.size)
         chosen[space.name] = drawn.astype(np.float64)
-    return chosen
+        if space.signed:
+            negative[space.name] = generator.random(space.size) < 0.5
+    return Choice(chosen, negative)
 
 
 def awq(situation: Situation) -> Choice:

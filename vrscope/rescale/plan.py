@@ -1,7 +1,8 @@
 """A rescale as a small file: which checkpoint it is for, how it was chosen, and the scale of every space.
 
 All exact rescales are diagonal and commute, so whatever method chose them, a plan is one vector per space. Powers of
-two are stored as integer exponents, run-length encoded ("0x12 1 -1x3"); free scales as real factors.
+two are stored as integer exponents, run-length encoded ("0x12 1 -1x3"); free scales as real factors; which of them are
+negative apart from that, as zeros and ones ("0x12 1 0x3").
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vrscope.errors import OutputError, PlanError
 from vrscope.tables import write_text
 
 PLAN_FILE = "vrscope_plan.json"
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # with negative scales, which a reader of version 1 would pass over; plans without are version 1
 POW2, FREE = "pow2", "free"
 BIT_EQUAL, ROUNDED, UP_TO_EPS = "bit-equal", "equal up to rounding", "equal up to eps"
 NOT_EQUIVALENT = "not equivalent"
@@ -42,6 +43,9 @@ class RescalePlan:
         "pow2": `spaces` holds integer exponents k, the scale is 2**k. "free": it holds the real factors themselves.
     spaces
         Space name to an array of shape `(size,)`; a space that is not listed is left alone.
+    negative
+        Those of `spaces` of which some scales are negative, each with a bool array of shape `(size,)`: true where the
+        scale is minus what `spaces` says.
     source, result
         Fingerprints of the checkpoint the plan is for and, once it was applied, of what came out ("" before).
     affine
@@ -66,6 +70,7 @@ class RescalePlan:
     zeroed: tuple[str, ...] = ()
     approximate: Mapping[str, float] = field(default_factory=dict)
     gains: tuple[Mapping[str, Any], ...] = ()
+    negative: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def equivalent(self) -> str:
@@ -88,11 +93,23 @@ class RescalePlan:
     @property
     def changed(self) -> int:
         """Number of scales that are not 1; for raw TVR, of tensors that are not what they were."""
-        return (
-            len(self.affine)
-            + len(self.zeroed)
-            + sum(int(np.count_nonzero(values != self.neutral)) for values in self.spaces.values())
-        )
+        moved = sum(int(np.count_nonzero(self.moved(name))) for name in self.spaces)
+        return len(self.affine) + len(self.zeroed) + moved
+
+    def moved(self, name: str) -> NDArray[np.bool_]:
+        """Return which scales of a listed space are not 1, shape `(size,)`."""
+        moved: NDArray[np.bool_] = (self.spaces[name] != self.neutral) | self.signs(name)
+        return moved
+
+    def signs(self, name: str) -> NDArray[np.bool_]:
+        """Return which scales of a listed space are negative, shape `(size,)`."""
+        return self.negative.get(name, np.zeros(len(self.spaces[name]), np.bool_))
+
+    def only(self, names: Iterable[str]) -> RescalePlan:
+        """Return the plan with all but the spaces named left alone."""
+        spaces = {name: self.spaces[name] for name in names}
+        negative = {name: values for name, values in self.negative.items() if name in spaces}
+        return replace(self, spaces=spaces, negative=negative)
 
     def inverse(self) -> RescalePlan:
         """Return the plan that undoes this one.
@@ -135,10 +152,13 @@ class RescalePlan:
                 spaces[name] = spaces[name] + values if scales == POW2 else spaces[name] * values
             else:
                 spaces[name] = values
+        negative = dict(self.negative)
+        for name, values in other.negative.items():
+            negative[name] = negative[name] ^ values if name in negative else values
         settings = {"first": dict(self.settings), "second": dict(other.settings)}
         method = f"{self.method}+{other.method}"
         plan = RescalePlan(self.family, method, settings, scales, spaces, self.source, other.result)
-        return replace(plan, approximate={**self.approximate, **other.approximate})
+        return replace(plan, approximate={**self.approximate, **other.approximate}, negative=negative)
 
     def _as(self, scales: str) -> Mapping[str, NDArray[Any]]:
         if scales == self.scales:
@@ -148,7 +168,7 @@ class RescalePlan:
     def to_json(self) -> str:
         """Return the plan as JSON text, one line per space."""
         body = {
-            "vrscope_plan": PLAN_VERSION,
+            "vrscope_plan": PLAN_VERSION if self.negative else 1,
             "family": self.family,
             "method": self.method,
             "settings": dict(self.settings),
@@ -160,6 +180,8 @@ class RescalePlan:
             "zeroed": list(self.zeroed),
             "spaces": {name: _encode(values, self.scales) for name, values in self.spaces.items()},
         } | ({"approximate": dict(self.approximate)} if self.approximate else {})
+        if self.negative:
+            body["negative"] = {name: _encode(values.astype(np.int64), POW2) for name, values in self.negative.items()}
         if self.gains:
             body["gains"] = [dict(row) for row in self.gains]
         return json.dumps(body, indent=1, allow_nan=False) + "\n"
@@ -209,8 +231,8 @@ class RescalePlan:
         try:
             body = json.loads(text)
             version = body["vrscope_plan"]
-            if version != PLAN_VERSION:
-                message = f"{where}: plan version {version!r}, expected {PLAN_VERSION}. Make the plan again."
+            if version not in range(1, PLAN_VERSION + 1):
+                message = f"{where}: plan version {version!r}, expected {PLAN_VERSION} or less. Make the plan again."
                 raise PlanError(message)
             scales = body["scales"]
             if scales not in {POW2, FREE}:
@@ -221,6 +243,12 @@ class RescalePlan:
                 message = f"{where}: scale and shift must be finite. Make the plan again."
                 raise PlanError(message)
             approximate = {str(name): float(eps) for name, eps in body.get("approximate", {}).items()}
+            spaces = {str(name): _decode(values, scales) for name, values in body["spaces"].items()}
+            negative = {str(name): _decode(values, POW2) for name, values in body.get("negative", {}).items()}
+            for name, values in negative.items():
+                if name not in spaces or len(values) != len(spaces[name]) or not np.isin(values, (0, 1)).all():
+                    message = f"{where}: expected zeros and ones, one per scale of {name!r}. Make the plan again."
+                    raise PlanError(message)
             if not isinstance(body["zeroed"], list):
                 message = f"{where}: zeroed must be a list of tensor names. Make the plan again."
                 raise PlanError(message)
@@ -229,13 +257,14 @@ class RescalePlan:
                 method=str(body["method"]),
                 settings=dict(body["settings"]),
                 scales=scales,
-                spaces={str(name): _decode(values, scales) for name, values in body["spaces"].items()},
+                spaces=spaces,
                 source=str(body["source"]),
                 result=str(body["result"]),
                 affine=affine,
                 zeroed=tuple(str(name) for name in body["zeroed"]),
                 approximate=approximate,
                 gains=tuple(dict(row) for row in body.get("gains", ())),
+                negative={name: values.astype(np.bool_) for name, values in negative.items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             message = f"{where}: not a vrscope plan ({type(error).__name__}: {error}). Make one with `vrscope plan`."

@@ -76,16 +76,16 @@ def make_plan(
         return plan, profile
     reach = {space.name: reach_of(space, options) for space in situation.spaces}
     choice = entry.choose(situation)
-    choice = choice if isinstance(choice, Choice) else Choice(choice, ())
+    choice = choice if isinstance(choice, Choice) else Choice(choice)
     chosen = {name: np.clip(values, *reach[name]) for name, values in choice.exponents.items()}
     limited = {space.name: space.limit.eps for space in situation.spaces if space.limit and space.name in chosen}
     if options.scales != POW2:
         spaces = {name: np.exp2(values) for name, values in chosen.items()}
         plan = RescalePlan(binding.family, method, settings, options.scales, spaces, fingerprint, approximate=limited)
-        return plan, profile
+        return replace(plan, negative=choice.negative), profile
     whole = {name: np.rint(values).astype(np.int64) for name, values in chosen.items()}
     plan = RescalePlan(binding.family, method, settings, POW2, whole, fingerprint, approximate=limited)
-    plan = replace(plan, gains=choice.gains)
+    plan = replace(plan, gains=choice.gains, negative=choice.negative)
     plan, left_out = _within_range(checkpoint, binding, plan, profile)
     if left_out:
         settings["left_out"] = left_out

@@ -201,8 +201,10 @@ class _Rescaled(Mapping[str, Mapping[Dims, Slices]]):
     def __getitem__(self, name: str) -> Mapping[Dims, Slices]:
         if name not in self.derived:
             return (self.read if name in self.read.slices else self.before).slices[name]
-        exponents: Any = sum(self.scales[name].exponents)
-        return {dims: _moved(self.before.slices[name][dims], exponents) for dims in sorted(self.derived[name])}
+        scale = self.scales[name]
+        exponents: Any = sum(scale.exponents)
+        signs: Any = math.prod(np.where(array, -1.0, 1.0) for array in scale.negative)
+        return {dims: _moved(self.before.slices[name][dims], exponents, signs) for dims in sorted(self.derived[name])}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.before.slices)
@@ -211,11 +213,11 @@ class _Rescaled(Mapping[str, Mapping[Dims, Slices]]):
         return len(self.before.slices)
 
 
-def _moved(slices: Slices, exponents: NDArray[np.int64]) -> Slices:
-    """Return slices of weights times powers of two that broadcast against the slices."""
+def _moved(slices: Slices, exponents: NDArray[np.int64], signs: NDArray[np.float64]) -> Slices:
+    """Return slices of weights times signs and powers of two that broadcast against the slices."""
     return Slices(
         slices.count,
-        np.ldexp(slices.total, exponents),
+        np.ldexp(slices.total * signs, exponents),
         np.ldexp(slices.absolute, exponents),
         np.ldexp(slices.square, 2 * exponents),
         np.ldexp(slices.largest, exponents),

@@ -74,7 +74,7 @@ def reach_of_spaces(
         values = plan.spaces.get(space.name)
         if values is None:
             continue
-        alone = tensor_scales(replace(binding, spaces=(space,)), replace(plan, spaces={space.name: values}))
+        alone = tensor_scales(replace(binding, spaces=(space,)), plan.only([space.name]))
         pairs = [
             row_column_factors(checkpoint.tensors[name], binding, scale)
             for name, scale in alone.items()
@@ -96,8 +96,9 @@ def row_column_factors(
     batch = [size for at, size in enumerate(info.shape) if role.dims[at] not in {"out", "in"}]
     matrices = int(np.prod(batch, dtype=np.int64))
     factors = {side: np.ones((matrices, info.shape[dims[side]])) for side in ("out", "in")}
-    arrays = () if scale is None else (*(np.exp2(array) for array in scale.exponents), *scale.factors)
-    for array in arrays:
+    scale = scale or TensorScale()
+    signs = (np.where(array, -1.0, 1.0) for array in scale.negative)
+    for array in (*(np.exp2(array) for array in scale.exponents), *signs, *scale.factors):
         side = "out" if array.shape[dims["out"]] != 1 else "in"
         order = [at for at, what in enumerate(role.dims) if what not in {"out", "in"}] + [dims[side]]
         rest = dims["in" if side == "out" else "out"]
@@ -107,6 +108,9 @@ def row_column_factors(
 
 
 def _feels(entry: Format, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> bool:
+    if not entry.odd and bool(np.any(rows < 0) or np.any(columns < 0)):
+        return True  # the levels differ on the two sides of zero
+    rows, columns = np.abs(rows), np.abs(columns)
     if entry.replaces_layers and bool(np.any(columns != 1.0)):
         return True  # the input is divided by the column factors, and its outliers change against a fixed threshold
     if entry.inputs is not None and bool(np.any(columns != columns[:, :1])):

@@ -1,7 +1,8 @@
 """What a plan does to one tensor: its row, column and element scales, applied to one row block at a time.
 
 `W' = diag(r) W diag(c)`: every space contributes an array that broadcasts against the tensor. Powers of two only move
-exponents, so they are exact unless a value leaves the normal range of its type; that is checked on every element.
+exponents, so they are exact unless a value leaves the normal range of its type; that is checked on every element. A
+negative scale also turns the sign bit, which is exact for every value.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class TensorScale:
         Integer arrays that broadcast against the tensor; the element's exponent is their sum.
     factors
         The same with real factors, whose product counts; one of the two is empty.
+    negative
+        Bool arrays that broadcast against the tensor; where an odd number of them is true, the sign turns. Only beside
+        `exponents`: factors have signs of their own.
     one_plus
         The stored value is a gain minus one: `w' = (1 + w) s - 1`.
     affine
@@ -56,10 +60,20 @@ class TensorScale:
     factors: tuple[NDArray[np.float64], ...] = ()
     one_plus: bool = False
     affine: tuple[float, float] | None = None
+    negative: tuple[NDArray[np.bool_], ...] = ()
 
     def window(self, info: TensorInfo, block: RowBlock | StoredBlock) -> list[NDArray[Any]]:
         """Return the arrays of `exponents` or `factors` cut to a block and shaped to broadcast against it."""
         return [window_of(array, info, block) for array in (*self.exponents, *self.factors)]
+
+    def turned(
+        self, info: TensorInfo, block: RowBlock | StoredBlock, bits: NDArray[np.unsignedinteger]
+    ) -> NDArray[np.unsignedinteger]:
+        """Return stored bits of a block, shape `(rows, columns)`, with the sign bits of negative scales turned."""
+        kind = bits.dtype.type
+        for array in self.negative:
+            bits = bits ^ (window_of(array, info, block).astype(kind) << kind(8 * bits.itemsize - 1))
+        return bits
 
 
 def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock | StoredBlock) -> NDArray[Any]:
@@ -92,6 +106,12 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
         if len(values) != known[name].size:
             message = f"plan: {name!r} has {len(values)} scales, expected {known[name].size}. Make the plan again."
             raise PlanError(message)
+        if name in plan.negative and not known[name].signed:
+            message = (
+                f"plan: {name!r} has negative scales, but a ReLU or a norm stands behind it, which would not pass the "
+                "sign on. Make the plan again."
+            )
+            raise PlanError(message)
     unknown = next((name for name in (*plan.affine, *plan.zeroed) if name not in binding.roles), None)
     if unknown is not None:
         message = f"plan: {unknown!r} is not a tensor of this checkpoint. Make the plan for it with `vrscope plan`."
@@ -99,19 +119,27 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
     scales: dict[str, TensorScale] = {}
     for tensor, uses in by_tensor(binding.spaces).items():
         arrays: list[NDArray[Any]] = []
+        negative: list[NDArray[np.bool_]] = []
         for space, term in uses:
             chosen = plan.spaces.get(space.name)
-            neutral = 0 if plan.scales == POW2 else 1.0
-            if chosen is not None and np.any(chosen != neutral):
-                powered = chosen * term.power if plan.scales == POW2 else chosen**term.power
-                arrays.append(np.append(powered, neutral)[term.index])
+            if chosen is None or not plan.moved(space.name).any():
+                continue
+            powered = chosen * term.power if plan.scales == POW2 else chosen**term.power
+            if space.name in plan.negative:  # their terms have the powers 1 and -1
+                signs = plan.signs(space.name)
+                if plan.scales == POW2:
+                    negative.append(np.append(signs, np.False_)[term.index])
+                else:
+                    powered = np.where(signs, -powered, powered)
+            arrays.append(np.append(powered, plan.neutral)[term.index])
         if arrays:
             one_plus = any(term.stored == "1+w" for _, term in uses)
             if one_plus and plan.scales == POW2:
                 message = f"plan: {tensor} stores its gain minus one, which a power of two rounds. Use --scales free."
                 raise PlanError(message)
             exact = plan.scales == POW2
-            scales[tensor] = TensorScale(tuple(arrays) if exact else (), () if exact else tuple(arrays), one_plus)
+            exponents, factors = (tuple(arrays), ()) if exact else ((), tuple(arrays))
+            scales[tensor] = TensorScale(exponents, factors, one_plus, negative=tuple(negative))
     for tensor, pair in plan.affine.items():
         scales[tensor] = TensorScale(affine=pair)
     for tensor in plan.zeroed:
@@ -173,7 +201,7 @@ def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) 
     magnitude = (1 << (width - 1)) - 1
     largest = (magnitude >> mantissa) - 1  # the field above it is infinity and NaN
     failed = shift_exponents(bits, rows, columns, mantissa, magnitude, largest)
-    return None if failed else bits
+    return None if failed else scale.turned(info, block, bits)
 
 
 def scaled_bits(info: TensorInfo, block: StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger]:
@@ -208,6 +236,8 @@ def _multiply(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScal
     work = block.values.to(torch.float64)
     for window in scale.window(info, block):
         work = work * torch.from_numpy(np.ldexp(1.0, window))
+    for array in scale.negative:
+        work = work * torch.from_numpy(np.where(window_of(array, info, block), -1.0, 1.0))
     stored = work.to(block.values.dtype)
     if bool(out_of_range(block.values, work, stored).any()):
         message = (

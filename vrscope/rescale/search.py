@@ -1,15 +1,17 @@
-"""The search for the exponents of one space that make what reads it survive rounding best.
+"""The search for the scales of one space that make what reads it survive rounding best.
 
 Damage is half of sum(importance * error^2) over all readers, for several formats at once. The search starts from the
 best of some given choices, goes over a grid of powers of the importance and of the size of the columns (as AWQ does,
-arXiv 2306.00978, with mean |x| alone), and descends from there over single exponents, one step up or down at a time.
-Which of these is taken, if any, is decided on text that was held out.
+arXiv 2306.00978, with mean |x| alone), and descends from there over single scales: one step up, one down, or the other
+sign. A sign counts where the levels of a format are not the same on both sides of zero: neighbours that lean to one
+side need fewer of them. Which of these is taken, if any, is decided on text that was held out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +20,13 @@ from vrscope.quant.formats import Format
 from vrscope.rescale.readers import Reader, Singles
 
 GRID = tuple((a / 10, b) for b in (0.0, 0.5) for a in range(10))  # powers of importance and of size
-SWEEPS = 2
+SWEEPS = 3
 THRESHOLD = 1e-7  # of the damage of the space: what one step must gain
 NONE, AWQ = "none", "awq"
 START, ON_GRID, DESCENT = "start", "grid", "search"
 
 Longs = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,8 +35,8 @@ class Found:
 
     Attributes
     ----------
-    exponents
-        Log2 scales of the space, shape `(size,)`.
+    exponents, negative
+        Log2 of the scales of the space, and which of them are negative, both of shape `(size,)`.
     method
         Whose choice the search started from: "none" for the space as it was, "awq" for the grid, or another method's.
     stage
@@ -43,6 +46,7 @@ class Found:
     """
 
     exponents: Longs
+    negative: Bools
     method: str
     stage: str
     before: Mapping[str, float]
@@ -52,7 +56,7 @@ class Found:
 def base_damage(readers: Sequence[Reader], formats: Sequence[Format]) -> NDArray[np.float64]:
     """Return the damage in every format as it is, on the text to search on, shape `(formats,)`."""
     works = [_Work.of(reader, formats) for reader in readers]
-    return _damages(works, np.zeros(_size(readers), np.int64), held_out=False)
+    return _damages(works, _nothing(_size(readers)), held_out=False)
 
 
 def search(
@@ -61,8 +65,9 @@ def search(
     size: int,
     given: Mapping[str, NDArray[np.float64]],
     limit: int,
+    signed: bool = False,
 ) -> Found:
-    """Return the exponents to give to a space.
+    """Return the scales to give to a space.
 
     Parameters
     ----------
@@ -76,15 +81,17 @@ def search(
         Choices of other methods to start from: name to log2 scales, shape `(size,)`.
     limit
         Largest magnitude of an exponent.
+    signed
+        Whether scales may be negative.
     """
     entries, shares = [entry for entry, _ in formats], np.array([share for _, share in formats])
     works = [_Work.of(reader, entries) for reader in readers]
 
-    def cost(exponents: Longs, held_out: bool = False) -> float:
-        return float(shares @ _damages(works, exponents, held_out))
+    def cost(scales: Scales, held_out: bool = False) -> float:
+        return float(shares @ _damages(works, scales, held_out))
 
-    nothing = np.zeros(size, np.int64)
-    tried: list[tuple[str, str, Longs]] = [(NONE, "", nothing)]
+    nothing = _nothing(size)
+    tried: list[tuple[str, str, Scales]] = [(NONE, "", nothing)]
     tried += [(name, START, _whole(values, limit)) for name, values in given.items()]
     best = min(((name, stage, values, cost(values)) for name, stage, values in tried), key=lambda entry: entry[3])
     if len({reader.power for reader in readers}) == 1:
@@ -97,20 +104,31 @@ def search(
                 best = (AWQ, ON_GRID, values, value)
     tried.append(best[:3])
     if _separate(readers):
-        lower = best[2].copy()
+        lower = Scales(best[2].exponents.copy(), best[2].negative.copy())
+        bounds = limit, signed and not all(entry.odd for entry in entries)
         for work in works:
-            work.descend(lower, shares, limit, THRESHOLD * cost(nothing))
+            work.descend(lower, shares, bounds, THRESHOLD * cost(nothing))
         tried.append((best[0] if best[0] != NONE else AWQ, DESCENT, lower))
     chosen = min(tried, key=lambda entry: cost(entry[2], held_out=True))
     names = [entry.name for entry in entries]
-    before, after = _damages(works, nothing), _damages(works, chosen[2])
-    return Found(
-        chosen[2], chosen[0], chosen[1], dict(zip(names, before, strict=True)), dict(zip(names, after, strict=True))
-    )
+    before, after = (dict(zip(names, _damages(works, scales).tolist(), strict=True)) for scales in (nothing, chosen[2]))
+    return Found(*chosen[2], chosen[0], chosen[1], before, after)
 
 
-def _whole(values: NDArray[np.float64], limit: int) -> Longs:
-    return np.clip(np.rint(np.where(np.isfinite(values), values, 0)), -limit, limit).astype(np.int64)
+class Scales(NamedTuple):
+    """Scales of a space: log2 of their magnitudes, and which are negative; both of shape `(size,)`."""
+
+    exponents: Longs
+    negative: Bools
+
+
+def _nothing(size: int) -> Scales:
+    return Scales(np.zeros(size, np.int64), np.zeros(size, np.bool_))
+
+
+def _whole(values: NDArray[np.float64], limit: int) -> Scales:
+    whole = np.clip(np.rint(np.where(np.isfinite(values), values, 0)), -limit, limit)
+    return _nothing(values.size)._replace(exponents=whole.astype(np.int64))
 
 
 def _separate(readers: Sequence[Reader]) -> bool:
@@ -165,16 +183,18 @@ class _Work:
             np.empty((len(rows), shape[0], units, 2), np.float32),
         )
 
-    def factors(self, exponents: Longs) -> Singles:
-        powers = self.reader.power * np.append(exponents, 0)[self.reader.ids]
-        factors: Singles = np.ldexp(np.float32(1), powers).astype(np.float32, copy=False)
-        return factors
+    def factors(self, scales: Scales) -> Singles:
+        """Return what the scales multiply every column by."""
+        power, ids = self.reader.power, self.reader.ids
+        magnitudes = np.ldexp(np.float32(1), power * np.append(scales.exponents, 0)[ids])
+        factors: Singles = np.where(np.append(scales.negative, False)[ids] & (power % 2 != 0), -magnitudes, magnitudes)
+        return factors.astype(np.float32, copy=False)
 
-    def damage(self, exponents: Longs, held_out: bool) -> NDArray[np.float64]:
+    def damage(self, scales: Scales, held_out: bool) -> NDArray[np.float64]:
         """Return the damage in every format, and leave errors and spans behind."""
         from vrscope.rescale.search_kernels import start
 
-        factors = self.factors(exponents)
+        factors = self.factors(scales)
         importance = self.reader.held_out if held_out else self.reader.importance
         kinds, tops, sizes, books, _ = self.formats
         found = np.zeros(kinds.size)
@@ -184,30 +204,35 @@ class _Work:
             found[f] = start(self.reader.weight, importance, factors, format_, self.errors[f], self.spans[f][:, :units])
         return found
 
-    def descend(self, exponents: Longs, shares: NDArray[np.float64], limit: int, threshold: float) -> None:
-        """Lower the damage by single steps, in place; a sweep that raises it after all is undone."""
+    def descend(self, scales: Scales, shares: NDArray[np.float64], bounds: tuple[int, bool], threshold: float) -> None:
+        """Lower the damage by single moves, in place; a sweep that raises it after all is undone.
+
+        `bounds` are the largest magnitude of an exponent and whether scales may be negative.
+        """
         from vrscope.rescale.search_kernels import sweep
 
         reader = self.reader
         used = np.flatnonzero(reader.ids >= 0)
         columns = used[np.argsort(reader.ids[used], kind="stable")]
-        scales, begins = np.unique(reader.ids[columns], return_index=True)
-        own = exponents[scales].copy()
+        own, begins = np.unique(reader.ids[columns], return_index=True)
         places = (columns, np.append(begins, columns.size), self._order(columns, begins))
-        current = float(shares @ self.damage(exponents, held_out=False))
+        current = float(shares @ self.damage(scales, held_out=False))
         for _ in range(SWEEPS):
-            trial, factors = own.copy(), self.factors(exponents)
+            before = scales.exponents[own], scales.negative[own]
+            after = before[0].copy(), before[1].copy()
             formats = (*self.formats[:4], shares)
             moved = sweep(
-                *(reader.weight, reader.importance, factors, formats, self.errors, self.spans),
-                *(places, trial, (reader.power, limit), threshold),
+                *(reader.weight, reader.importance, self.factors(scales), formats, self.errors, self.spans),
+                *(places, *after, (reader.power, *bounds), threshold),
             )
-            exponents[scales] = trial
-            reached = float(shares @ self.damage(exponents, held_out=False))
-            if not moved or reached >= current:
-                exponents[scales] = own if reached >= current else trial
+            scales.exponents[own], scales.negative[own] = after
+            reached = float(shares @ self.damage(scales, held_out=False))
+            if reached >= current:
+                scales.exponents[own], scales.negative[own] = before
                 break
-            own, current = trial, reached
+            current = reached
+            if not moved:
+                break
 
     def _order(self, columns: Longs, begins: Longs) -> Longs:
         """Return the scales, those of the most important columns first."""
@@ -227,9 +252,9 @@ def _parameters(entry: Format, columns: int) -> tuple[int, float, int, NDArray[n
     return kind, float(entry.levels.top), size, book.astype(np.float32)
 
 
-def _damages(works: Sequence[_Work], exponents: Longs, held_out: bool = True) -> NDArray[np.float64]:
+def _damages(works: Sequence[_Work], scales: Scales, held_out: bool = True) -> NDArray[np.float64]:
     """Return the damage of all readers in every format, shape `(formats,)`."""
-    found: NDArray[np.float64] = np.sum([work.damage(exponents, held_out) for work in works], axis=0)
+    found: NDArray[np.float64] = np.sum([work.damage(scales, held_out) for work in works], axis=0)
     return found
 
 

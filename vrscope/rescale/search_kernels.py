@@ -1,8 +1,8 @@
-"""The compiled loops of the search: what weights cost after rounding, and how that changes with one exponent.
+"""The compiled loops of the search: what weights cost after rounding, and how that changes with one scale.
 
 All work on one matrix `(rows, columns)` of everything that reads a space, for several formats at once. A column's new
 factor moves the scale of its unit of neighbours only where it holds, or comes to hold, the largest magnitude; elsewhere
-only the one element changes. That is what makes a descent over single exponents cheap.
+only the one element changes. That is what makes a descent over single scales cheap.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def start(
     weight, importance
         Shape `(rows, columns)`.
     factors
-        What columns are multiplied by before rounding, and divided by after it: powers of two, shape `(columns,)`.
+        What columns are multiplied by before rounding, and divided by after it: powers of two of either sign, shape
+        `(columns,)`.
     format_
         Kind, largest integer, columns per unit, code book.
     error
@@ -172,10 +173,13 @@ def sweep(
     spans: Singles,
     places: tuple[Longs, Longs, Longs],
     exponents: Longs,
-    limits: tuple[int, int],
+    negative: NDArray[np.bool_],
+    limits: tuple[int, int, bool],
     threshold: float,
 ) -> int:
-    """Try one step up and one down for every exponent, keep what lowers the weighted damage; return how many moved.
+    """Try one step up, one down and the other sign for every scale, keep what lowers the weighted damage most.
+
+    Returns how many scales moved.
 
     Parameters
     ----------
@@ -187,45 +191,46 @@ def sweep(
         As in `start`, with the formats in front; `spans` has as many units as the format with the most.
     places
         The columns of every scale one after the other, where those of each scale begin, and the order to go in.
-    exponents
+    exponents, negative
         Of the scales, changed in place.
     limits
-        Power of the reader (negative), and the largest magnitude of an exponent.
+        Power of the reader (negative), the largest magnitude of an exponent, and whether signs may change.
     threshold
         Smallest fall of the damage that counts.
     """
     kinds, tops, sizes, books, shares = formats
     columns, begins, order = places
-    power, limit = limits
+    power, limit, signed = limits
     values = np.empty(sizes.max(), np.float32)
     moved = 0
     for scale in order:
-        best, step = -threshold, 0
-        for direction in (-1, 1):
+        own = columns[begins[scale] : begins[scale + 1]]  # which share one factor
+        old = factors[own[0]]
+        best, step, chosen = -threshold, 0, old
+        for direction in (-1, 1, 0):  # 0 for the other sign
             exponent = exponents[scale] + direction
-            if abs(exponent) > limit:
+            if abs(exponent) > limit or (direction == 0 and not signed):
                 continue
-            factor = np.float32(2.0 ** (power * exponent))
+            factor = -old if direction == 0 else old * np.float32(2.0 ** (power * direction))
             cost = 0.0
             for f in range(kinds.size):
                 format_ = (kinds[f], tops[f], sizes[f], books[f])
-                for at in range(begins[scale], begins[scale + 1]):
+                for column in own:
                     cost += shares[f] * change(
-                        weight, importance, factors, format_, errors[f], spans[f], columns[at], factor, False, values
+                        weight, importance, factors, format_, errors[f], spans[f], column, factor, False, values
                     )
             if cost < best:
-                best, step = cost, direction
-        if step != 0:
+                best, step, chosen = cost, direction, factor
+        if chosen != old:
             exponents[scale] += step
+            negative[scale] ^= step == 0
             moved += 1
-            factor = np.float32(2.0 ** (power * exponents[scale]))
             for f in range(kinds.size):
                 format_ = (kinds[f], tops[f], sizes[f], books[f])
-                old = factors[columns[begins[scale]]]  # all columns of a scale share one factor
-                for at in range(begins[scale], begins[scale + 1]):
-                    change(weight, importance, factors, format_, errors[f], spans[f], columns[at], factor, True, values)
-                for at in range(begins[scale], begins[scale + 1]):
-                    factors[columns[at]] = old  # the next format starts from the same
-            for at in range(begins[scale], begins[scale + 1]):
-                factors[columns[at]] = factor
+                for column in own:
+                    change(weight, importance, factors, format_, errors[f], spans[f], column, chosen, True, values)
+                for column in own:
+                    factors[column] = old  # the next format starts from the same
+            for column in own:
+                factors[column] = chosen
     return moved

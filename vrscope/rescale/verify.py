@@ -9,6 +9,7 @@ be the same, and the exponents must belong to spaces that were derived again fro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,12 @@ def _compare(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, scale: Te
 
     layout = _LAYOUTS[info.dtype]
     rows, columns = _exponents(scale.window(info, ours), ours.shape, np.int64 if layout[0] == 64 else np.int32)
-    if first_unequal(ours.bits, theirs.bits, rows, columns, layout) >= 0:
+    before = scale.turned(info, ours, ours.bits)
+    if first_unequal(before, theirs.bits, rows, columns, layout) >= 0:
         import torch
 
-        exact = np.ldexp(ours.values.to(torch.float64).numpy(), rows[:, None] + columns)
+        values = replace(ours, bits=before).values.to(torch.float64).numpy()
+        exact = np.ldexp(values, rows[:, None] + columns)
         _fail(info, ours, theirs, "is not the original times the recorded powers of two", exact)
 
 
