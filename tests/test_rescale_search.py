@@ -97,7 +97,7 @@ def leaning(own: Reader) -> Reader:
 
 def test_signs_lower_the_damage_of_lopsided_levels_only() -> None:
     own = leaning(reader(13))
-    for name, gain in (("int4-g64", 0.7), ("nf4", 1.0), ("int8-row", None)):
+    for name, gain in (("int4-g64", 0.8), ("nf4", 1.0), ("int8-row", None)):
         plain, signed = (
             search([own], [(get_format(name), 1.0)], COLUMNS, {}, limit=6, signed=signed) for signed in (False, True)
         )

@@ -193,8 +193,8 @@ def verify(a: str, b: str, output: Output, **settings: Any) -> None:
 def check_family(model: str, output: Output, **settings: Any) -> None:
     """Test the declaration of a family on a checkpoint.
 
-    Every space is scaled by random powers of two and the model is run before and after, in float32 and bfloat16. Ends
-    with status 1 if a bit differs, and names the spaces that break.
+    Every space is scaled by random powers of two of both signs and the model is run before and after, in float32 and
+    bfloat16. Ends with status 1 if a bit differs, and names the spaces that break.
     """
     from vrscope import api
 

@@ -41,7 +41,7 @@ def weight_proof(checkpoint: Checkpoint, plan: RescalePlan) -> tuple[str, str, s
     if plan.equivalent == NOT_EQUIVALENT:
         how = "follows the raw TVR formula, which is not function-preserving"
     elif plan.scales == POW2:
-        how = "is the original times the recorded power of two, exactly"
+        how = "is the original times the recorded power of two and sign, exactly"
     if plan.equivalent == UP_TO_EPS:
         how += f"; {len(plan.approximate)} of {len(plan.spaces)} spaces feed norms that undo their scale up to eps"
     return "weights", plan.equivalent, f"each of {count:,} elements in {len(checkpoint.tensors):,} tensors {how}"

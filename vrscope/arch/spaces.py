@@ -4,6 +4,7 @@ Give every space a vector of log-scales. A matrix absorbs any such choice (rows 
 columns over the scale of what it reads), so only operations restrict it: attention scores need q and k to cancel, a
 gated MLP passes the scale of its linear branch on, ReLU passes a positive one to its own degree, a norm swallows none
 on its input. Spaces tied together this way share one free vector, on the axes that all their tensors have in common.
+Its scales may be negative unless there is a ReLU among what ties them.
 """
 
 from __future__ import annotations

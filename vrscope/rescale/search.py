@@ -20,7 +20,7 @@ from vrscope.quant.formats import Format
 from vrscope.rescale.readers import Reader, Singles
 
 GRID = tuple((a / 10, b) for b in (0.0, 0.5) for a in range(10))  # powers of importance and of size
-SWEEPS = 3
+SWEEPS = 2
 THRESHOLD = 1e-7  # of the damage of the space: what one step must gain
 NONE, AWQ = "none", "awq"
 START, ON_GRID, DESCENT = "start", "grid", "search"
@@ -235,9 +235,10 @@ class _Work:
                 break
 
     def _order(self, columns: Longs, begins: Longs) -> Longs:
-        """Return the scales, those of the most important columns first."""
+        """Return the scales, unit by unit, which stay in the cache, those of the most important columns first."""
         weight = self.reader.importance.mean(axis=0, dtype=np.float64)[columns]
-        return np.argsort(-np.add.reduceat(weight, begins), kind="stable")
+        unit = columns[begins] // self.formats[2].max()
+        return np.lexsort((-np.add.reduceat(weight, begins), unit))
 
 
 def _parameters(entry: Format, columns: int) -> tuple[int, float, int, NDArray[np.float32]]:

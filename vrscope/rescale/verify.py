@@ -1,7 +1,8 @@
 """The proof that one checkpoint is another one rescaled, from the weights alone.
 
 For powers of two it is independent of how the copy was written: every element of B must equal the element of A times
-the recorded power of two, compared exactly by sign, mantissa and exponent (`proof_kernels`).
+the recorded power of two, its sign turned where that is negative, compared exactly by sign, mantissa and exponent
+(`proof_kernels`).
 Free scales and raw TVR are computed again by the code that wrote them. Names, shapes, dtypes and the configuration must
 be the same, and the exponents must belong to spaces that were derived again from A.
 """
