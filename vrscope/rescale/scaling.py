@@ -6,7 +6,7 @@ exponents, so they are exact unless a value leaves the normal range of its type;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
 from vrscope.arch.spaces import Space, by_tensor
+from vrscope.checkpoint.room import new_room
 from vrscope.checkpoint.source import RowBlock, StoredBlock, TensorInfo
 from vrscope.errors import CheckpointError, PlanError
 from vrscope.rescale.plan import POW2, RescalePlan
@@ -34,6 +35,7 @@ _LARGEST_FINITE = {
 }
 # Bits of a value and of its mantissa. F8_E4M3 has finite values in its top exponent field; those are multiplied.
 _BITS = {"F64": (64, 52), "F32": (32, 23), "F16": (16, 10), "BF16": (16, 7), "F8_E4M3": (8, 3), "F8_E5M2": (8, 2)}
+_NARROW = 1 << 13  # exponents below fit 16 bits, also when a field of the type is added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +152,12 @@ def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorSc
     return stored
 
 
-def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger] | None:
+def _shift(
+    info: TensorInfo,
+    block: RowBlock | StoredBlock,
+    scale: TensorScale,
+    room: Callable[[int], NDArray[np.uint8]] = new_room,
+) -> NDArray[np.unsignedinteger] | None:
     """Return the stored bits of a block with its exponents moved, shape `(rows, columns)`.
 
     None where bits alone cannot do it: other scales than powers of two, subnormal numbers, limits of the type.
@@ -160,31 +167,40 @@ def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) 
     if not scale.exponents:
         return None
     width, mantissa = _BITS[info.dtype]
-    lane: Any = np.int64 if width == 64 else np.int32  # the narrower, the more elements the loop takes at a time
-    rows, columns = (np.zeros(size, lane) for size in block.shape)
+    rows, columns = (np.zeros(size, np.int64) for size in block.shape)
     for window in scale.window(info, block):
         if window.shape[1] == 1:
-            rows += window[:, 0].astype(lane)
+            rows += window[:, 0]
         elif window.shape[0] == 1:
-            columns += window[0].astype(lane)
+            columns += window[0]
         else:
             return None
-    bits = _bits(block).copy()
+    far = int(np.abs(rows).max(initial=0) + np.abs(columns).max(initial=0))
+    small = far < _NARROW
+    # The narrower, the more elements the loop takes at a time.
+    lane: Any = np.int16 if width <= 16 and small else np.int32 if width <= 32 and small else np.int64
+    bits = _bits(block)
+    moved = room(bits.nbytes).view(bits.dtype).reshape(bits.shape)
     magnitude = (1 << (width - 1)) - 1
     largest = (magnitude >> mantissa) - 1  # the field above it is infinity and NaN
-    failed = shift_exponents(bits, rows, columns, mantissa, magnitude, largest)
-    return None if failed else bits
+    done = shift_exponents(bits, moved, rows.astype(lane), columns.astype(lane), mantissa, magnitude, largest)
+    return moved if done else None
 
 
-def scaled_bits(info: TensorInfo, block: StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger]:
-    """Return the stored bits of the scaled values of a block, shape `(rows, columns)`.
+def scaled_bits(
+    info: TensorInfo,
+    block: StoredBlock,
+    scale: TensorScale,
+    room: Callable[[int], NDArray[np.uint8]] = new_room,
+) -> NDArray[np.unsignedinteger]:
+    """Return the stored bits of the scaled values of a block, shape `(rows, columns)`, in memory that `room` gives.
 
     Raises
     ------
     PlanError
         As `scale_block`.
     """
-    shifted = _shift(info, block, scale)
+    shifted = _shift(info, block, scale, room)
     return _bits(RowBlock(0, scale_block(info, block, scale))) if shifted is None else shifted
 
 
