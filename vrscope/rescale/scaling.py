@@ -54,7 +54,7 @@ class TensorScale:
         `(scale, shift)` of raw TVR, or None.
     """
 
-    exponents: tuple[NDArray[np.int64], ...] = ()
+    exponents: tuple[NDArray[np.signedinteger], ...] = ()
     factors: tuple[NDArray[np.float64], ...] = ()
     one_plus: bool = False
     affine: tuple[float, float] | None = None
@@ -105,8 +105,8 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
             chosen = plan.spaces.get(space.name)
             neutral = 0 if plan.scales == POW2 else 1.0
             if chosen is not None and np.any(chosen != neutral):
-                powered = chosen * term.power if plan.scales == POW2 else chosen**term.power
-                arrays.append(np.append(powered, neutral)[term.index])
+                powered = _exponents(chosen, term.power) if plan.scales == POW2 else chosen**term.power
+                arrays.append(np.append(powered, powered.dtype.type(neutral))[term.index])
         if arrays:
             one_plus = any(term.stored == "1+w" for _, term in uses)
             if one_plus and plan.scales == POW2:
@@ -119,6 +119,12 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
     for tensor in plan.zeroed:
         scales[tensor] = TensorScale(affine=(0.0, 0.0))
     return scales
+
+
+def _exponents(chosen: NDArray[np.int64], power: int) -> NDArray[np.signedinteger]:
+    """Return exponents times a power, in half the memory if they fit: they are kept for every channel."""
+    powered = chosen * power
+    return powered.astype(np.int32) if np.abs(powered).max(initial=0) < 1 << 30 else powered
 
 
 def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor:
