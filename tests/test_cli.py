@@ -65,11 +65,10 @@ def process(*arguments: str, code: str = "", **settings: Any) -> subprocess.Comp
 def library(monkeypatch: pytest.MonkeyPatch) -> dict[str, mock.Mock]:
     """Put stand-ins that keep the real signatures in the place of the functions that work."""
     fakes = {}
-    values = {"plan": PLAN, "rescale": PLAN, "save": [Path("out/results.json")]}
+    values = {"plan_and_describe": (PLAN, REPORT), "rescale": PLAN, "save": [Path("out/results.json")]}
     for name in (
         "analyze",
-        "plan",
-        "describe",
+        "plan_and_describe",
         "rescale",
         "verify",
         "measure",
@@ -139,6 +138,7 @@ def accepted(function: Callable[..., Any]) -> dict[str, Any]:
 def test_every_option_is_a_parameter_of_the_library_and_names_its_default(name: str) -> None:
     known = accepted(getattr(api, name))
     if name == "plan":
+        assert accepted(api.plan_and_describe).items() >= known.items()
         known.update(accepted(api.describe))
     if name in {"analyze", "measure"}:
         known.update(accepted(api.save))
@@ -175,8 +175,8 @@ def test_the_method_options_are_all_there() -> None:
             "analyze",
             {"per": "head", "revision": "v1"},
         ),
-        ("plan m --method tvr --raw", "plan", {"method": "tvr", "raw": True}),
-        ("plan m --formats nf4 --revision v1", "describe", {"formats": ("nf4",), "revision": "v1"}),
+        ("plan m --method tvr --raw", "plan_and_describe", {"method": "tvr", "raw": True}),
+        ("plan m --formats nf4 --revision v1", "plan_and_describe", {"formats": ("nf4",), "revision": "v1"}),
         ("rescale m o --method random --seed 7 --force", "rescale", {"method": "random", "seed": 7, "force": True}),
         ("rescale m o --plan p.json --invert", "rescale", {"plan": Path("p.json"), "invert": True}),
         ("verify a b --logits --tokens 64", "verify", {"logits": True, "tokens": 64}),
@@ -352,7 +352,8 @@ def test_raw_tvr_is_labelled_not_equivalent_wherever_it_is_shown(
     library: dict[str, mock.Mock], capsys: pytest.CaptureFixture[str]
 ) -> None:
     library["rescale"].return_value = RAW
-    library["describe"].return_value = dataclasses.replace(REPORT, provenance={"equivalent": "not equivalent"})
+    raw = dataclasses.replace(REPORT, provenance={"equivalent": "not equivalent"})
+    library["plan_and_describe"].return_value = PLAN, raw
     for line in ("rescale m o --method tvr --raw", "plan m --method tvr --raw"):
         _, out, _ = answer(capsys, *line.split())
         assert "NOT EQUIVALENT" in out

@@ -1,4 +1,4 @@
-"""The sums behind a plan: every stored type against numpy, what follows after a plan, and how often is read."""
+"""The sums behind a plan: every stored type against numpy, what follows from them after a plan, and what is read."""
 
 from __future__ import annotations
 

@@ -44,6 +44,15 @@ def test_exponents_shift_exactly_like_ldexp(dtype):
     assert scaled(values, dtype, rows).dtype == TYPES[dtype]
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("far", [5000, 20000, 2**17, 2**33])
+def test_far_exponents_that_cancel_leave_the_bits(dtype, far):
+    """Wider than the narrow numbers that near exponents are added in."""
+    values = torch.linspace(1.0, 1.75, 40).reshape(4, 10).to(TYPES[dtype])
+    after = scaled(values, dtype, np.full((4, 1), far), np.full((1, 10), -far))
+    assert torch.equal(after.view(torch.uint8), values.view(torch.uint8))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(TYPES)), st.integers(0, 2**32), st.integers(-12, 12))
 def test_any_bits_are_scaled_exactly_or_refused(dtype, seed, exponent):

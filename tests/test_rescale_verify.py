@@ -119,8 +119,8 @@ def test_a_copy_that_fails_its_proof_is_removed(pair, tmp_path, monkeypatch):
     source = open_checkpoint(pair[0])
     original = apply.scaled_bits
 
-    def wrong(info, block, scale):
-        bits = original(info, block, scale)
+    def wrong(info, block, scale, room):
+        bits = original(info, block, scale, room)
         return bits ^ bits.dtype.type(info.name.endswith("layers.1.mlp.down_proj.weight"))
 
     monkeypatch.setattr(apply, "scaled_bits", wrong)

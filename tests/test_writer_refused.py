@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,43 @@ def test_a_disk_that_fills_up_is_one_clear_line(model: Path, tmp_path: Path) -> 
         patch.setattr(writer._Writer, "_new", full)
         assert "No space left" in refusal(model, tmp_path / "out")
     assert names(tmp_path) == ["model"]
+
+
+def test_a_disk_that_fills_up_under_one_of_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_checkpoint(tmp_path / "model", {"w": torch.ones(4096, 4096)})
+    original, calls = os.pwrite, itertools.count()
+
+    def full(*arguments: Any) -> int:
+        if next(calls) == 21:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert "No space left" in refusal(model, tmp_path / "out")
+    assert names(tmp_path) == ["model"]
+
+
+def test_no_thread_writes_on_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_checkpoint(tmp_path / "model", {"w": torch.ones(4096, 4096)})
+    original, ends = os.pwrite, []
+
+    def slow(*arguments: Any) -> int:
+        time.sleep(0.01)
+        written = original(*arguments)
+        ends.append(time.monotonic())
+        return written
+
+    def interrupt(stage: str, done: int, total: int, unit: str) -> None:
+        if done > 1 << 22:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out", same, progress=interrupt)
+    over = time.monotonic()
+    assert names(tmp_path) == ["model"]
+    time.sleep(0.1)
+    assert ends and max(ends) < over and len(ends) < 64
 
 
 def test_a_parent_that_cannot_be_written_is_refused(model: Path) -> None:

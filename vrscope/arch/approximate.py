@@ -151,7 +151,7 @@ def _space(
     merged = np.zeros(full.size, np.int64)
     for at, size in zip(keep, shape, strict=True):
         merged = merged * size + kept_ids[at]
-    merged = np.append(merged, -1)  # what no scale touches stays so
+    index = np.append(merged, -1).astype(np.int32)  # what no scale touches stays so
     eps = max(norm_eps(node.line.eps, config) or 0.0 for nodes in absorbing.values() for node in nodes)
     residual = any(graph.kinds.get(name) == RESIDUAL for name in members)
     inputs, one_plus = _inputs(graph, {term.tensor for term in full.terms if term.power > 0})
@@ -162,7 +162,7 @@ def _space(
         size=int(np.prod(shape, dtype=np.int64)),
         shape=shape,
         axes=tuple(full.axes[at] for at in keep),
-        terms=tuple(replace(term, index=merged[term.index]) for term in full.terms),
+        terms=tuple(replace(term, index=index[term.index]) for term in full.terms),
         limit=Limit(eps, max(members[name] for name in absorbing), inputs, frozenset(one_plus)),
         signed=False,  # a norm takes a scale away but not its sign
     )

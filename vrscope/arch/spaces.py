@@ -48,7 +48,7 @@ class Term:
     """
 
     tensor: str
-    index: NDArray[np.int64]
+    index: NDArray[np.int32]
     power: int
     stored: str
 
@@ -310,13 +310,14 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
         flat = np.full([*(node.weight.shape[at] for at in batch), count], -1, np.int64)
         lead = np.indices(places.shape)[: len(batch)] if batch else ()
         flat[(*lead, places)] = ids
+    index = flat.astype(np.int32)  # kept for every channel of the checkpoint
     kept = {*batch, *(at for at, what in enumerate(node.line.dims) if what == along)}
     view = [size if at in kept else 1 for at, size in enumerate(node.weight.shape)]
-    terms = [Term(node.weight.name, flat.reshape(view), power, node.line.gain if side == "out" else "w")]
+    terms = [Term(node.weight.name, index.reshape(view), power, node.line.gain if side == "out" else "w")]
     if side == "out" and node.bias is not None:
         shared = len(node.bias.shape) - flat.ndim  # a bias per expert, where the space is the same for all
         own = node.bias.shape if flat.size == node.bias.numel else (*[1] * shared, *flat.shape)
-        terms.append(Term(node.bias.name, flat.reshape(own), power, "w"))
+        terms.append(Term(node.bias.name, index.reshape(own), power, "w"))
     return terms
 
 

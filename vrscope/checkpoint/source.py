@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -26,10 +26,13 @@ from vrscope.checkpoint.layout import (
 )
 from vrscope.checkpoint.location import EXPECTED, Location, locate, read_json_object
 from vrscope.checkpoint.quantized import describe_quantization
+from vrscope.checkpoint.room import new_room
 from vrscope.errors import CheckpointError, UnknownNameError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 __all__ = ["FLOAT_DTYPES", "BlockPlace", "Checkpoint", "RowBlock", "StoredBlock", "TensorInfo", "open_checkpoint"]
 
@@ -122,24 +125,30 @@ class Checkpoint:
             values = _elements(file, info, torch_dtype(info), first, place.rows * place.columns)
         return RowBlock(place.first_row, values.view(place.rows, place.columns), place.first_column)
 
-    def read_stored(self, place: BlockPlace) -> StoredBlock:
+    def read_stored(self, place: BlockPlace, room: Callable[[int], NDArray[np.uint8]] = new_room) -> StoredBlock:
         """Return the stored bits at a place that `block_places` gave; may be called on any thread.
+
+        `room` gives the memory for so many bytes; the block is valid as long as that is.
 
         Raises
         ------
         CheckpointError
             If the file cannot be read any more, or elements are not whole bytes.
         """
-        import numpy as np
-
         info = self._info(place.name)
-        if DTYPE_BITS[info.dtype] % 8:
+        width = DTYPE_BITS[info.dtype]
+        if width % 8:
             torch_dtype(info)
-        bits = np.empty((place.rows, place.columns), f"uint{DTYPE_BITS[info.dtype]}")
-        first = (place.first_row * info.columns + place.first_column) * bits.itemsize
+        stored = room(place.rows * place.columns * width // 8)
         with self._open(info) as file:
-            _fill(file, info, info.start + first, bits.reshape(-1).view(np.uint8).data)
+            _fill(file, info, self.position(place), stored.data)
+        bits = stored.view(f"uint{width}").reshape(place.rows, place.columns)
         return StoredBlock(place.first_row, bits, place.first_column, info)
+
+    def position(self, place: BlockPlace) -> int:
+        """Return the byte of its shard at which a block begins."""
+        info = self._info(place.name)
+        return info.start + (place.first_row * info.columns + place.first_column) * DTYPE_BITS[info.dtype] // 8
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor `name` in its stored dtype and shape.

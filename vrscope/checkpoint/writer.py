@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING
 from vrscope.checkpoint.companions import companion_files
 from vrscope.checkpoint.header import read_header
 from vrscope.checkpoint.layout import printable
+from vrscope.checkpoint.room import Room
 from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo, open_checkpoint
 from vrscope.checkpoint.staging import check_replaceable, output_errors, staged, sync_folders
 from vrscope.errors import CheckpointError, OutputError, VerificationError
@@ -62,7 +63,8 @@ def rewrite(
         Folder to write; missing parents are made.
     transform
         Called for each block of each float tensor, on any thread; returns its new values in the same dtype and shape,
-        as a tensor or as stored bits. Other tensors are copied byte for byte.
+        as a tensor or as stored bits. The block, and what is returned, must last only until that thread's next call.
+        Other tensors are copied byte for byte.
     extra
         File name to text, written beside the weights; goes before a copied file of that name.
     force
@@ -118,8 +120,8 @@ class _Writer:
             raise CheckpointError(message)
         with _open_source(path) as original, self._new(shard) as file:
             self._stretch(file, original, header.data_start)
-            for data in default_executor().map(self._transformer(original, transform), self._pieces(tensors)):
-                self._put(file, data)
+            for count in default_executor().map(self._mover(original, file, transform), self._pieces(tensors)):
+                self._count(count)
             self._finish(file, path)
 
     def _pieces(self, tensors: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, BlockPlace | range]]:
@@ -131,19 +133,25 @@ class _Writer:
                 for first in range(info.start, info.end, _COPY_BYTES):
                     yield info, range(first, min(first + _COPY_BYTES, info.end))
 
-    def _transformer(
-        self, original: IO[bytes], transform: Transform
-    ) -> Callable[[tuple[TensorInfo, BlockPlace | range]], bytes | memoryview]:
-        """Return the function that makes the bytes to write of each piece; it runs on any thread."""
+    def _mover(
+        self, original: IO[bytes], file: IO[bytes], transform: Transform
+    ) -> Callable[[tuple[TensorInfo, BlockPlace | range]], int]:
+        """Return the function that reads, transforms and writes one piece, on any thread, and returns its bytes."""
+        room = Room()
 
-        def bytes_of(piece: tuple[TensorInfo, BlockPlace | range]) -> bytes | memoryview:
+        def move(piece: tuple[TensorInfo, BlockPlace | range]) -> int:
             info, place = piece
+            data: bytes | memoryview
             if isinstance(place, range):
-                return _read_at(original, place)
-            block = self.source.read_stored(place)
-            return _checked_bytes(info, block, transform(info, block))
+                data, position = _read_at(original, place), place.start
+            else:
+                block = self.source.read_stored(place, room)
+                data, position = _checked_bytes(info, block, transform(info, block)), self.source.position(place)
+            with output_errors(self.target):
+                _write_at(file, data, position)
+            return len(data)
 
-        return bytes_of
+        return move
 
     def copy(self, name: str) -> None:
         """Copy one file by content, also where it is a link."""
@@ -174,7 +182,10 @@ class _Writer:
     def _put(self, file: IO[bytes], data: bytes | memoryview) -> None:
         with output_errors(self.target):
             _write_all(file, data)
-        self.done += len(data)
+        self._count(len(data))
+
+    def _count(self, count: int) -> None:
+        self.done += count
         self.progress("writing", self.done, self.total, "bytes")
 
     def _stretch(self, file: IO[bytes], original: IO[bytes], count: int, start: int = 0) -> None:
@@ -228,6 +239,15 @@ def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest[:_COPY_BYTES]) :]
+
+
+def _write_at(file: IO[bytes], data: bytes | memoryview, position: int) -> None:
+    """Write all bytes at `position` without moving the file's own; may be called on any thread."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(file.fileno(), rest[:_COPY_BYTES], position)
+        position += count
+        rest = rest[count:]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vrscope.arch.binding import Binding
+from vrscope.checkpoint.room import Room
 from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.writer import rewrite
 from vrscope.progress import Progress
@@ -47,14 +48,16 @@ def apply_plan(
     OutputError
         If `out` cannot be written, or must not be.
     """
-    check_plan(plan, binding, checkpoint.fingerprint(), checkpoint.name)
+    fingerprint = checkpoint.fingerprint()
+    check_plan(plan, binding, fingerprint, checkpoint.name)
     scales = tensor_scales(binding, plan)
-    done = replace(plan, source=checkpoint.fingerprint())
+    done = replace(plan, source=fingerprint)
+    room = Room()
 
     def transform(info: TensorInfo, block: StoredBlock) -> NDArray[np.unsignedinteger]:
         require_finite(info, block)
         scale = scales.get(info.name)
-        return block.bits if scale is None else scaled_bits(info, block, scale)
+        return block.bits if scale is None else scaled_bits(info, block, scale, room)
 
     def proof(copy: Checkpoint) -> None:
         nonlocal done

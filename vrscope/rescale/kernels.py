@@ -1,8 +1,8 @@
 """The compiled loops of planning and rewriting.
 
 The rewrite multiplies stored floats by powers of two by adding to their exponent bits. Nothing is rounded because
-nothing is multiplied: sign and mantissa are copied. An element whose exponent would leave the normal range, and that
-is not zero, is counted instead, and the caller decides. Importing this module imports numba.
+nothing is multiplied: sign and mantissa are copied. If the exponent of an element that is not zero would leave the
+normal range, the caller is told and decides. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ def _summing(function: Any) -> Any:
 @compiled
 def shift_exponents(
     bits: NDArray[np.unsignedinteger],
+    moved: NDArray[np.unsignedinteger],
     rows: NDArray[np.signedinteger],
     columns: NDArray[np.signedinteger],
     mantissa_bits: int,
     magnitude_mask: int,
     largest_exponent: int,
 ) -> Any:
-    """Add `rows[i] + columns[j]` to the exponent of every element of `bits` in place; return how many it could not.
+    """Write `bits` with `rows[i] + columns[j]` added to the exponent of every element; return whether all could be.
 
     Parameters
     ----------
     bits
-        Stored bits, shape `(rows, columns)`; changed in place.
+        Stored bits, shape `(rows, columns)`.
+    moved
+        Where to write them, same shape and type.
     rows, columns
-        Exponents, shapes `(rows,)` and `(columns,)`; int64 for types of 64 bits, else int32 or int64.
+        Exponents, shapes `(rows,)` and `(columns,)`, of a signed type at least as wide as the stored one; any sum of
+        two of them and an exponent field must fit it.
     mantissa_bits
         Mantissa bits of the type.
     magnitude_mask
@@ -48,9 +52,9 @@ def shift_exponents(
     """
     kind, lane = bits.dtype.type, columns.dtype.type
     mantissa, magnitude, largest = lane(mantissa_bits), lane(magnitude_mask), lane(largest_exponent)
-    failed: Any = 0
+    complete = True
     for i in range(bits.shape[0]):
-        values = bits[i]
+        values, out = bits[i], moved[i]
         row = lane(rows[i])
         lost = lane(0)
         for j in range(values.size):
@@ -60,11 +64,11 @@ def shift_exponents(
             target = lane(field + move)
             touched = (move != 0) & (absolute != 0)
             bad = touched & ((field == 0) | (target < 1) | (target > largest))
-            lost = lane(lost + lane(bad))
+            lost = lane(lost | lane(bad))
             step = lane(move << mantissa) if touched & ~bad else lane(0)
-            values[j] = kind(lane(values[j]) + step)
-        failed += lost
-    return failed
+            out[j] = kind(lane(values[j]) + step)
+        complete &= lost == 0
+    return complete
 
 
 @compiled

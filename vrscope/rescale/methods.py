@@ -215,7 +215,7 @@ def tvr_system(situation: Situation) -> TvrSystem:
     A fused tensor counts once per part (q, k, v), told apart by the spaces its rows write.
     """
     roles, profile = situation.binding.roles, situation.profile
-    uses: dict[str, list[tuple[int, int, NDArray[np.int64]]]] = {}
+    uses: dict[str, list[tuple[int, int, NDArray[np.int32]]]] = {}
     for column, space in enumerate(situation.spaces):
         for term in space.terms:
             role = roles[term.tensor]

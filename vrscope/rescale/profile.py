@@ -87,7 +87,7 @@ class Profile:
         """Return the largest magnitude of a tensor."""
         return max((float(part.largest.max(initial=0.0)) for part in self.slices[tensor].values()), default=0.0)
 
-    def surely_in_range(self, tensor: str, exponents: tuple[NDArray[np.int64], ...]) -> bool:
+    def surely_in_range(self, tensor: str, exponents: tuple[NDArray[np.signedinteger], ...]) -> bool:
         """Whether a tensor's extremes stay normal even if the extremes of all its exponents met in one element."""
         code = encoding(self.infos[tensor].dtype)
         low = sum(int(array.min(initial=0)) for array in exponents)
@@ -213,7 +213,7 @@ class _Rescaled(Mapping[str, Mapping[Dims, Slices]]):
         return len(self.before.slices)
 
 
-def _moved(slices: Slices, exponents: NDArray[np.int64], signs: NDArray[np.float64]) -> Slices:
+def _moved(slices: Slices, exponents: NDArray[np.signedinteger], signs: NDArray[np.float64]) -> Slices:
     """Return slices of weights times signs and powers of two that broadcast against the slices."""
     return Slices(
         slices.count,

@@ -60,7 +60,8 @@ def first_unequal(
     before, after
         Stored bits, shape `(n, m)`.
     rows
-        Exponents, shape `(n,)`: int64 for types of 64 bits, else int32.
+        Exponents, shape `(n,)`, of a signed type at least as wide as the stored one; any sum of two of them and an
+        exponent field must fit it.
     columns
         Exponents of the same type, shape `(1, m)`, or `(n, m)` where they differ by row.
     layout

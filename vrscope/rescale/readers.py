@@ -38,7 +38,7 @@ class Reader:
         Of the same shape.
     """
 
-    ids: NDArray[np.int64]
+    ids: NDArray[np.int32]
     power: int
     weight: Singles
     importance: Singles

@@ -7,7 +7,7 @@ negative scale also turns the sign bit, which is exact for every value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
 from vrscope.arch.spaces import Space, by_tensor
+from vrscope.checkpoint.room import new_room
 from vrscope.checkpoint.source import RowBlock, StoredBlock, TensorInfo
 from vrscope.errors import CheckpointError, PlanError
 from vrscope.rescale.plan import POW2, RescalePlan
@@ -35,6 +36,7 @@ _LARGEST_FINITE = {
 }
 # Bits of a value and of its mantissa. F8_E4M3 has finite values in its top exponent field; those are multiplied.
 _BITS = {"F64": (64, 52), "F32": (32, 23), "F16": (16, 10), "BF16": (16, 7), "F8_E4M3": (8, 3), "F8_E5M2": (8, 2)}
+_NARROW = 1 << 13  # exponents below fit 16 bits, also when a field of the type is added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +58,7 @@ class TensorScale:
         `(scale, shift)` of raw TVR, or None.
     """
 
-    exponents: tuple[NDArray[np.int64], ...] = ()
+    exponents: tuple[NDArray[np.signedinteger], ...] = ()
     factors: tuple[NDArray[np.float64], ...] = ()
     one_plus: bool = False
     affine: tuple[float, float] | None = None
@@ -66,14 +68,11 @@ class TensorScale:
         """Return the arrays of `exponents` or `factors` cut to a block and shaped to broadcast against it."""
         return [window_of(array, info, block) for array in (*self.exponents, *self.factors)]
 
-    def turned(
-        self, info: TensorInfo, block: RowBlock | StoredBlock, bits: NDArray[np.unsignedinteger]
-    ) -> NDArray[np.unsignedinteger]:
-        """Return stored bits of a block, shape `(rows, columns)`, with the sign bits of negative scales turned."""
+    def turn(self, info: TensorInfo, block: RowBlock | StoredBlock, bits: NDArray[np.unsignedinteger]) -> None:
+        """Turn the sign bits of negative scales in stored bits of a block, shape `(rows, columns)`, in place."""
         kind = bits.dtype.type
         for array in self.negative:
-            bits = bits ^ (window_of(array, info, block).astype(kind) << kind(8 * bits.itemsize - 1))
-        return bits
+            bits ^= window_of(array, info, block).astype(kind) << kind(8 * bits.itemsize - 1)
 
 
 def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock | StoredBlock) -> NDArray[Any]:
@@ -124,14 +123,14 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
             chosen = plan.spaces.get(space.name)
             if chosen is None or not plan.moved(space.name).any():
                 continue
-            powered = chosen * term.power if plan.scales == POW2 else chosen**term.power
+            powered = _exponents(chosen, term.power) if plan.scales == POW2 else chosen**term.power
             if space.name in plan.negative:  # their terms have the powers 1 and -1
                 signs = plan.signs(space.name)
                 if plan.scales == POW2:
                     negative.append(np.append(signs, np.False_)[term.index])
                 else:
                     powered = np.where(signs, -powered, powered)
-            arrays.append(np.append(powered, plan.neutral)[term.index])
+            arrays.append(np.append(powered, powered.dtype.type(plan.neutral))[term.index])
         if arrays:
             one_plus = any(term.stored == "1+w" for _, term in uses)
             if one_plus and plan.scales == POW2:
@@ -145,6 +144,12 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
     for tensor in plan.zeroed:
         scales[tensor] = TensorScale(affine=(0.0, 0.0))
     return scales
+
+
+def _exponents(chosen: NDArray[np.int64], power: int) -> NDArray[np.signedinteger]:
+    """Return exponents times a power, in half the memory if they fit: they are kept for every channel."""
+    powered = chosen * power
+    return powered.astype(np.int32) if np.abs(powered).max(initial=0) < 1 << 30 else powered
 
 
 def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> torch.Tensor:
@@ -178,7 +183,12 @@ def scale_block(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorSc
     return stored
 
 
-def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger] | None:
+def _shift(
+    info: TensorInfo,
+    block: RowBlock | StoredBlock,
+    scale: TensorScale,
+    room: Callable[[int], NDArray[np.uint8]] = new_room,
+) -> NDArray[np.unsignedinteger] | None:
     """Return the stored bits of a block with its exponents moved, shape `(rows, columns)`.
 
     None where bits alone cannot do it: other scales than powers of two, subnormal numbers, limits of the type.
@@ -188,31 +198,43 @@ def _shift(info: TensorInfo, block: RowBlock | StoredBlock, scale: TensorScale) 
     if not scale.exponents:
         return None
     width, mantissa = _BITS[info.dtype]
-    lane: Any = np.int64 if width == 64 else np.int32  # the narrower, the more elements the loop takes at a time
-    rows, columns = (np.zeros(size, lane) for size in block.shape)
+    rows, columns = (np.zeros(size, np.int64) for size in block.shape)
     for window in scale.window(info, block):
         if window.shape[1] == 1:
-            rows += window[:, 0].astype(lane)
+            rows += window[:, 0]
         elif window.shape[0] == 1:
-            columns += window[0].astype(lane)
+            columns += window[0]
         else:
             return None
-    bits = _bits(block).copy()
+    far = int(np.abs(rows).max(initial=0) + np.abs(columns).max(initial=0))
+    small = far < _NARROW
+    # The narrower, the more elements the loop takes at a time.
+    lane: Any = np.int16 if width <= 16 and small else np.int32 if width <= 32 and small else np.int64
+    bits = _bits(block)
+    moved = room(bits.nbytes).view(bits.dtype).reshape(bits.shape)
     magnitude = (1 << (width - 1)) - 1
     largest = (magnitude >> mantissa) - 1  # the field above it is infinity and NaN
-    failed = shift_exponents(bits, rows, columns, mantissa, magnitude, largest)
-    return None if failed else scale.turned(info, block, bits)
+    done = shift_exponents(bits, moved, rows.astype(lane), columns.astype(lane), mantissa, magnitude, largest)
+    if not done:
+        return None
+    scale.turn(info, block, moved)
+    return moved
 
 
-def scaled_bits(info: TensorInfo, block: StoredBlock, scale: TensorScale) -> NDArray[np.unsignedinteger]:
-    """Return the stored bits of the scaled values of a block, shape `(rows, columns)`.
+def scaled_bits(
+    info: TensorInfo,
+    block: StoredBlock,
+    scale: TensorScale,
+    room: Callable[[int], NDArray[np.uint8]] = new_room,
+) -> NDArray[np.unsignedinteger]:
+    """Return the stored bits of the scaled values of a block, shape `(rows, columns)`, in memory that `room` gives.
 
     Raises
     ------
     PlanError
         As `scale_block`.
     """
-    shifted = _shift(info, block, scale)
+    shifted = _shift(info, block, scale, room)
     return _bits(RowBlock(0, scale_block(info, block, scale))) if shifted is None else shifted
 
 

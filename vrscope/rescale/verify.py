@@ -10,13 +10,13 @@ be the same, and the exponents must belong to spaces that were derived again fro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
+from vrscope.checkpoint.room import Room
 from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
 from vrscope.errors import VerificationError
 from vrscope.executors import default_executor
@@ -54,8 +54,10 @@ def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, pro
     total = sum(info.size_bytes for info in a.tensors.values())
     done = compared = 0
 
+    room_a, room_b = Room(), Room()
+
     def work(place: BlockPlace) -> tuple[int, int]:
-        ours, theirs = a.read_stored(place), b.read_stored(place)
+        ours, theirs = a.read_stored(place, room_a), b.read_stored(place, room_b)
         _compare(a.tensors[place.name], ours, theirs, scales.get(place.name, TensorScale()))
         return ours.bits.size, ours.bits.nbytes
 
@@ -100,7 +102,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, scale: TensorScale) -> None:
     if not info.is_float or (not scale.exponents and not scale.factors and scale.affine is None):
-        if not np.array_equal(ours.bits, theirs.bits):
+        if not _same_bytes(ours.bits, theirs.bits):
             _fail(info, ours, theirs, "must be the same bytes, since no scale touches it")
         return
     if not scale.exponents:
@@ -113,28 +115,39 @@ def _compare(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, scale: Te
     from vrscope.rescale.proof_kernels import first_unequal
 
     layout = _LAYOUTS[info.dtype]
-    rows, columns = _exponents(scale.window(info, ours), ours.shape, np.int64 if layout[0] == 64 else np.int32)
-    before = scale.turned(info, ours, ours.bits)
-    if first_unequal(before, theirs.bits, rows, columns, layout) >= 0:
+    rows, columns = _exponents(scale.window(info, ours), ours.shape, layout[0])
+    scale.turn(info, ours, ours.bits)
+    if first_unequal(ours.bits, theirs.bits, rows, columns, layout) >= 0:
         import torch
 
-        values = replace(ours, bits=before).values.to(torch.float64).numpy()
-        exact = np.ldexp(values, rows[:, None] + columns)
+        exact = np.ldexp(ours.values.to(torch.float64).numpy(), rows[:, None] + columns)
         _fail(info, ours, theirs, "is not the original times the recorded powers of two", exact)
 
 
 def _exponents(
-    windows: Sequence[NDArray[Any]], shape: tuple[int, ...], kind: type[np.signedinteger]
+    windows: Sequence[NDArray[Any]], shape: tuple[int, ...], width: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the exponents of a block by row, shape `(n,)`, and by column, `(1, m)` or, if need be, `(n, m)`."""
-    rows = np.zeros((shape[0], 1), kind)
-    columns = np.zeros((1, shape[1]), kind)
+    """Return the exponents of a block by row, shape `(n,)`, and by column, `(1, m)` or, if need be, `(n, m)`.
+
+    Their type is the narrowest that the comparison of values of `width` bits can be done in.
+    """
+    rows = np.zeros((shape[0], 1), np.int64)
+    columns = np.zeros((1, shape[1]), np.int64)
     for window in windows:
         if window.shape[1] == 1:
-            rows = rows + window.astype(kind)
+            rows = rows + window
         else:
-            columns = columns + window.astype(kind)
-    return np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(columns)
+            columns = columns + window
+    furthest = max(abs(int(array.min(initial=0))) + abs(int(array.max(initial=0))) for array in (rows, columns))
+    kind = next(kind for kind in (np.int16, np.int32, np.int64) if 8 * kind().itemsize >= width)
+    kind = kind if furthest < 1 << 13 else np.int64  # so that sums with an exponent field fit
+    return np.ascontiguousarray(rows[:, 0], kind), np.ascontiguousarray(columns, kind)
+
+
+def _same_bytes(ours: NDArray[Any], theirs: NDArray[Any]) -> bool:
+    """Return whether two arrays of one shape and type are equal in all bits, eight bytes at a time if they can be."""
+    wide = np.uint64 if ours.nbytes % 8 == 0 else np.uint8
+    return np.array_equal(ours.reshape(-1).view(wide), theirs.reshape(-1).view(wide))
 
 
 def _fail(info: TensorInfo, ours: StoredBlock, theirs: StoredBlock, what: str, exact: Any = None) -> None:
