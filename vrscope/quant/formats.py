@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Singles = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+    Patterns = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,9 @@ class Format:
     reference
         The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
         what this gives. None if `roundtrip` is that.
+    errors
+        Adds what `values` costs to sums, as `kernels.add_codebook_errors` does, and writes no dequantized weights; None
+        if there are no such loops.
     levels
         What a unit of `scope` rounds to, nested scales, quantized inputs and the float16 steps of LLM.int8 aside.
     inputs
@@ -137,6 +142,7 @@ class Format:
     roundtrip: Callable[[Tensor], Tensor]
     values: Callable[[Singles], Singles] | None = None
     reference: Callable[[Tensor], Tensor] | None = None
+    errors: Callable[[Patterns, Doubles], None] | None = None
     levels: Levels | None = None
     inputs: Callable[[Tensor], Tensor] | None = None
 
@@ -159,10 +165,14 @@ class Format:
         return (self.reference or self.roundtrip)(weight)
 
 
-def _looped(values: Callable[[Singles], Singles], reference: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Return the three functions of a format that has compiled loops and a reference."""
+def _looped(
+    values: Callable[[Singles], Singles],
+    reference: Callable[[Tensor], Tensor],
+    errors: Callable[[Patterns, Doubles], None] | None = None,
+) -> dict[str, Any]:
+    """Return the functions of a format that has compiled loops and a reference."""
     tensors = partial(roundtrip.through, values=values, reference=reference)
-    return {"roundtrip": tensors, "values": values, "reference": reference}
+    return {"roundtrip": tensors, "values": values, "reference": reference, "errors": errors}
 
 
 def _int4(group: int | None) -> Format:
@@ -175,7 +185,11 @@ def _int4(group: int | None) -> Format:
         "simulated",
         ScaleScope("group", group) if group else ScaleScope("row"),
         activations=False,
-        **_looped(partial(roundtrip.int4, group=group), partial(simulated.int4_per_group, group=group)),
+        **_looped(
+            partial(roundtrip.int4, group=group),
+            partial(simulated.int4_per_group, group=group),
+            partial(roundtrip.int4_errors, group=group),
+        ),
         levels=Levels("integer", 15),
     )
 
@@ -198,7 +212,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("row"),
         activations=True,
-        **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        **_looped(roundtrip.int8_rows, simulated.int8_per_row, roundtrip.int8_rows_errors),
         levels=Levels("symmetric", 127),
         inputs=simulated.int8_per_tensor,
     ),
@@ -209,7 +223,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("row"),
         activations=False,
-        **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        **_looped(roundtrip.int8_rows, simulated.int8_per_row, roundtrip.int8_rows_errors),
         levels=Levels("symmetric", 127),
     ),
     Format(
@@ -228,7 +242,11 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        **_looped(partial(roundtrip.four_bit, kind="nf4"), partial(bnb.four_bit, kind="nf4")),
+        **_looped(
+            partial(roundtrip.four_bit, kind="nf4"),
+            partial(bnb.four_bit, kind="nf4"),
+            partial(roundtrip.four_bit_errors, kind="nf4"),
+        ),
         levels=Levels("codebook", book="nf4"),
     ),
     Format(
@@ -248,7 +266,11 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        **_looped(partial(roundtrip.four_bit, kind="fp4"), partial(bnb.four_bit, kind="fp4")),
+        **_looped(
+            partial(roundtrip.four_bit, kind="fp4"),
+            partial(bnb.four_bit, kind="fp4"),
+            partial(roundtrip.four_bit_errors, kind="fp4"),
+        ),
         levels=Levels("codebook", book="fp4"),
     ),
     _int4(32),

@@ -22,6 +22,7 @@ from vrscope.compiling import compiled
 Function = TypeVar("Function", bound=Callable[..., object])
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Patterns = NDArray[np.unsignedinteger]
 
 SIGNAL, ERROR, LARGEST = range(3)  # fields of the sums of `add_errors`
 
@@ -31,7 +32,8 @@ _SMALLEST_SCALE = np.float32(1e-38)  # bitsandbytes divides by no less
 _SMALL, _LARGE = np.float32(2.0**-90), np.float32(2.0**100)
 _ONE, _ZERO, _LAST = np.float32(1), np.float32(0), np.float32(15)
 _STEP = np.float32(1 / 127)
-_TOGETHER = 16
+_TOGETHER = 16  # blocks
+_PIECE = 4096  # elements
 
 
 def _summing(function: Function) -> Function:
@@ -295,33 +297,109 @@ def roundtrip_int4_groups(values: Singles, size: int, out: Singles) -> None:
             _to_int4(x, row * columns + first, min(size, columns - first), y)
 
 
+@compiled
+def _single(bits: np.uint32, width: int) -> np.float32:
+    """Return the float32 whose upper `width` bits are given."""
+    return _as_float(np.uint32(np.uint32(bits) << np.uint32(32 - width)))
+
+
+@compiled
+def _decode(bits: Patterns, first: int, x: Singles) -> int:
+    """Write the float32 values of stored bits from `first` on, until `x` is full, and return how many there were."""
+    count = min(x.size, bits.size - first)
+    for i in range(count):
+        x[i] = _single(bits[np.uint64(first + i)], 8 * bits.itemsize)
+    return count
+
+
+@compiled
+def singles(bits: Patterns) -> Singles:
+    """Return the float32 values of stored bits, same shape; `bits` as in `add_codebook_errors`."""
+    out = np.empty(bits.shape, np.float32)
+    _decode(bits.reshape(-1), 0, out.reshape(-1))
+    return out
+
+
+@_summing
+def signal(bits: Patterns) -> float:
+    """Return the sum of the squares of weights in float64; `bits` as in `add_codebook_errors`."""
+    flat, total = bits.reshape(-1), 0.0
+    for i in range(flat.size):
+        value = np.float64(_single(flat[i], 8 * flat.itemsize))
+        total += value * value
+    return total
+
+
 @_summing
 def add_errors(values: Singles, dequantized: Singles, sums: Doubles) -> None:
-    """Add to `sums` the squares of the values and of their errors, and raise the largest error.
+    """Add to `sums` the squares of what rounding changed, and raise the largest change.
 
     Parameters
     ----------
     values, dequantized
         Shape `(n,)`. Their difference is taken in float32, squares and sums in float64.
     sums
-        Fields SIGNAL, ERROR and LARGEST; the last becomes NaN if any difference is.
+        Fields ERROR and LARGEST; the latter becomes NaN if any difference is. SIGNAL is left to `signal`, as it is the
+        same for all formats.
     """
-    part = np.empty(1024, np.float32)
-    bits = part.view(np.uint32)
     top = np.uint32(0)
-    signal, error = 0.0, 0.0
-    for first in range(0, values.size, part.size):
-        x, y = values[first : first + part.size], dequantized[first : first + part.size]
-        for i in range(x.size):
-            difference = y[i] - x[i]
-            part[i] = difference
-            value, off = np.float64(x[i]), np.float64(difference)
-            signal += value * value
-            error += off * off
-        for i in range(x.size):
-            top = np.uint32(max(top, np.uint32(bits[i] & _MAGNITUDE)))
-    sums[SIGNAL] += signal
+    error = 0.0
+    for i in range(values.size):
+        difference = np.float32(dequantized[i] - values[i])
+        off = np.float64(difference)
+        error += off * off
+        top = np.uint32(max(top, np.uint32(_as_bits(difference) & _MAGNITUDE)))
     sums[ERROR] += error
     worst = np.float64(_as_float(top))
     if top > _INFINITY or worst > sums[LARGEST]:
         sums[LARGEST] = worst
+
+
+@compiled
+def _piece(unit: int) -> tuple[Singles, Singles]:
+    """Return room for whole units of so many elements and what they round to, both in the first-level cache."""
+    size = max(1, _PIECE // max(1, unit)) * max(1, unit)
+    return np.empty(size, np.float32), np.empty(size, np.float32)
+
+
+@compiled
+def add_codebook_errors(bits: Patterns, size: int, code: Singles, bounds: Singles, sums: Doubles) -> None:
+    """Do what `add_errors` does for weights and their selves after `roundtrip_codebook_blocks`, which are not kept.
+
+    Parameters
+    ----------
+    bits
+        Stored bits of the weights, shape `(rows, columns)`: uint32 for float32, or uint16 for its upper half (BF16).
+    size, code, bounds
+        As in `roundtrip_codebook_blocks`.
+    sums
+        As in `add_errors`.
+    """
+    flat, scales = bits.reshape(-1), np.empty(0, np.float32)
+    x, y = _piece(size)
+    for first in range(0, flat.size, x.size):
+        values = x[: _decode(flat, first, x)]
+        roundtrip_codebook_blocks(values, size, code, bounds, scales, y[: values.size])
+        add_errors(values, y[: values.size], sums)
+
+
+@compiled
+def add_int8_row_errors(bits: Patterns, sums: Doubles) -> None:
+    """Do what `add_codebook_errors` does, for `roundtrip_int8_rows`."""
+    flat, columns = bits.reshape(-1), bits.shape[1]
+    x, y = _piece(columns)
+    for first in range(0, flat.size, x.size):
+        values = x[: _decode(flat, first, x)]
+        roundtrip_int8_rows(values.reshape(-1, columns), y[: values.size].reshape(-1, columns))
+        add_errors(values, y[: values.size], sums)
+
+
+@compiled
+def add_int4_group_errors(bits: Patterns, size: int, sums: Doubles) -> None:
+    """Do what `add_codebook_errors` does, for `roundtrip_int4_groups` and its `size`."""
+    flat, columns = bits.reshape(-1), bits.shape[1]
+    x, y = _piece(columns)
+    for first in range(0, flat.size, x.size):
+        values = x[: _decode(flat, first, x)]
+        roundtrip_int4_groups(values.reshape(-1, columns), size, y[: values.size].reshape(-1, columns))
+        add_errors(values, y[: values.size], sums)
