@@ -56,8 +56,9 @@ def _bitcast_to(kind: Any) -> Callable[..., Any]:
     return cast(Callable[..., Any], intrinsic(bitcast))
 
 
-_as_float = _bitcast_to(numba.types.float32)  # an array of one element would cost more than its block
-_as_bits = _bitcast_to(numba.types.uint32)
+# In registers, since an array of one element would cost more than its block.
+_as_float: Callable[..., np.float32] = _bitcast_to(numba.types.float32)
+_as_bits: Callable[..., np.uint32] = _bitcast_to(numba.types.uint32)
 
 
 @compiled
@@ -142,7 +143,7 @@ def roundtrip_codebook_blocks(
     scales
         What the codes of each block are multiplied by, shape `(ceil(n / size),)`; empty: its largest magnitude.
     """
-    b = _eight(bounds, 0) + (bounds[8], bounds[9], bounds[10], bounds[11], bounds[12], bounds[13], bounds[14])
+    b = _eight(bounds, 0)[:7] + _eight(bounds, 7)
     c = _eight(code, 0) + _eight(code, 8)
     step = _TOGETHER * size  # blocks are searched together, so that bounds and codes stay in registers
     part, own = np.empty(step, np.float32), np.empty(_TOGETHER, np.float32)
@@ -189,13 +190,6 @@ def _move(x: Singles, first: int, count: int, exponent: int, y: Singles) -> None
 
 
 @compiled
-def _spoil(first: int, count: int, y: Singles) -> None:
-    """Write NaN, what a group with NaN or infinity comes to."""
-    for i in range(count):
-        y[np.uint64(first + i)] = np.nan
-
-
-@compiled
 def _round_int8(x: Singles, first: int, count: int, top: np.float32, y: Singles) -> None:
     """Write `x` rounded to 255 levels of which the outermost are +-`top`, a magnitude of the usual range."""
     factor = _ONE / (top if top != _ZERO else _ONE) * np.float32(127)  # torch divides a number by a tensor like this
@@ -208,7 +202,7 @@ def _round_int8(x: Singles, first: int, count: int, top: np.float32, y: Singles)
 def _to_int8(x: Singles, first: int, count: int, top: np.float32, y: Singles) -> None:
     """Write `x` rounded to 255 levels of which the outermost are +-`top`."""
     if not top < np.inf:
-        _spoil(first, count, y)
+        y[first : first + count] = np.nan
         return
     exponent = _exponent(top)
     if exponent == 0:
@@ -268,7 +262,7 @@ def _to_int4(x: Singles, first: int, count: int, y: Singles) -> None:
     """Write one group rounded to asymmetric 4-bit integers."""
     low, high = _range(x, first, count)
     if not (-low < np.inf and high < np.inf):
-        _spoil(first, count, y)
+        y[first : first + count] = np.nan
         return
     exponent = _exponent(max(-low, high))
     if exponent == 0:
@@ -315,9 +309,9 @@ def _decode(bits: Patterns, first: int, x: Singles) -> int:
 @compiled
 def singles(bits: Patterns) -> Singles:
     """Return the float32 values of stored bits, same shape; `bits` as in `add_codebook_errors`."""
-    out = np.empty(bits.shape, np.float32)
-    _decode(bits.reshape(-1), 0, out.reshape(-1))
-    return out
+    out = np.empty(bits.size, np.float32)
+    _decode(bits.reshape(-1), 0, out)
+    return out.reshape(bits.shape)
 
 
 @_summing
