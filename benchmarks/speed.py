@@ -100,7 +100,9 @@ def _measure_llama(scratch: Path, size: float, given: argparse.Namespace) -> lis
         Command("read only", lambda: _read_all(folder)),
         Command("analyze", _vrscope("analyze", folder, "--weights-only", "-q"), "naive script"),
         Command(
-            f"analyze --formats {FORMATS}", _vrscope("analyze", folder, "--weights-only", "-q", "--formats", FORMATS), "naive script"
+            f"analyze --formats {FORMATS}",
+            _vrscope("analyze", folder, "--weights-only", "-q", "--formats", FORMATS),
+            "naive script",
         ),
         Command("plan --method wisca", _vrscope("plan", folder, "--method", "wisca", "-q")),
         Command("cp -r", ["cp", "-r", str(folder), str(copied)], out=copied),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,32 @@ def test_a_file_that_shrank_is_reported(tmp_path: Path, executor: Executor) -> N
     ((_, parts),) = stream(checkpoint, ["a"], lambda info, block: None, Streaming(executor, block_bytes=64))
     with pytest.raises(CheckpointError, match="a"):
         list(parts)
+
+
+class Watched:
+    """Runs serially and notes how many blocks each item holds."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.sizes.append(len(item))
+            yield function(item)
+
+
+@pytest.mark.parametrize(("block_bytes", "sizes"), [(1 << 20, [4, 4, 2]), (40, [2, 2, 2, 2, 2]), (1, [1] * 40)])
+def test_small_blocks_are_handed_over_together(tmp_path: Path, block_bytes: int, sizes: list[int]) -> None:
+    checkpoint = checkpoint_of(tmp_path, **{f"t{number}": weights((4,), "F32") for number in range(10)})
+    watched = Watched()
+    how = Streaming(watched, block_bytes=block_bytes)
+    found = [(name, len(list(parts))) for name, parts in stream(checkpoint, checkpoint.tensors, _nothing, how)]
+    assert found == [(name, sum(sizes) // 10) for name in checkpoint.tensors]
+    assert watched.sizes == sizes
+
+
+def _nothing(info: TensorInfo, block: StoredBlock) -> None:
+    del info, block
 
 
 def test_streaming_is_a_value() -> None:

@@ -125,8 +125,68 @@ def test_errors_are_summed_as_in_float64() -> None:
     kernels.add_errors(weight[:2000], other[:2000], sums)
     kernels.add_errors(weight[2000:], other[2000:], sums)
     difference = (other - weight).astype(np.float64)
-    expected = [np.square(weight.astype(np.float64)).sum(), np.square(difference).sum(), np.abs(difference).max()]
+    expected = [0, np.square(difference).sum(), np.abs(difference).max()]
     np.testing.assert_allclose(sums, expected, rtol=1e-13)
+    assert sums[kernels.LARGEST] == expected[kernels.LARGEST]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+@pytest.mark.parametrize("shape", [(37, 131), (1, 1), (0, 64), (5, 0)], ids=str)
+def test_stored_bits_are_read_and_their_squares_summed_as_in_float64(kind: type, shape: tuple[int, int]) -> None:
+    weight = stored(random_weight(shape), kind)
+    assert np.array_equal(kernels.singles(weight), singles(weight))
+    np.testing.assert_allclose(kernels.signal(weight), np.square(singles(weight).astype(np.float64)).sum(), rtol=1e-13)
+
+
+def stored(weight: torch.Tensor, kind: type) -> np.ndarray:
+    """Return the bits of a weight in bfloat16 (uint16) or float32 (uint32)."""
+    if kind is np.uint16:
+        return weight.bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return weight.numpy().view(np.uint32)
+
+
+def singles(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << np.uint32(32 - 8 * bits.itemsize)).view(np.float32)
+
+
+FUSED = pytest.mark.parametrize("entry", [e for e in FORMATS if e.errors], ids=lambda entry: entry.name)
+
+
+def assert_same_errors(entry: Format, weight: torch.Tensor, kind: type) -> None:
+    """Check that the fused loops find the errors of the reference; overflow of a square is an infinite sum in both."""
+    bits = stored(weight, kind)
+    values = torch.from_numpy(singles(bits))
+    off = (entry.by_engine(values) - values).numpy()
+    with np.errstate(over="ignore"):
+        power = np.square(off.astype(np.float64)).sum()
+    sums = np.array([7.0, 0.0, 0.0])
+    assert entry.errors is not None
+    entry.errors(bits, sums)
+    assert sums[kernels.SIGNAL] == 7
+    np.testing.assert_allclose(sums[kernels.ERROR], power, rtol=1e-12)
+    largest = np.abs(off).max(initial=0.0)
+    assert sums[kernels.LARGEST] == largest or np.isnan([sums[kernels.LARGEST], largest]).all()
+
+
+@FUSED
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+def test_fused_loops_find_the_errors_of_the_round_trip(entry: Format, kind: type) -> None:
+    pieces = [(5, 4095), (3, 4096), (2, 4097), (4097, 1), (9, 1000), (200, 100), (130, 64)]
+    for shape in [*SHAPES, *pieces, (0, 64), (64, 0), (0, 0)]:
+        assert_same_errors(entry, random_weight(shape), kind)
+    for scale in (1e-45, 1e-41, 1e-38, 1e-27, 1e3, 1e30, 1e38):
+        assert_same_errors(entry, random_weight((20, 300), scale), kind)
+
+
+@FUSED
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_fused_loops_find_the_errors_where_there_is_no_value(entry: Format, kind: type, value: float) -> None:
+    for shape, places in {(6, 100): [(1, 3), (5, 99)], (50, 128): [(49, 127)], (1, 5000): [(0, 4990)]}.items():
+        weight = random_weight(shape)
+        for place in places:
+            weight[place] = value
+        assert_same_errors(entry, weight, kind)
 
 
 def test_the_largest_error_is_nan_if_one_error_is() -> None:

@@ -86,6 +86,28 @@ def test_figures_equal_float64(checkpoint: Checkpoint, slab: int, block: int, mo
     assert frame["layer"].dtype == "Int64" and set(frame["layer"]) == {0, 1}
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [("out", "in"), ("in", "out"), ("x", "out", "in"), ("out", "x", "in")], ids=str)
+def test_every_stored_dtype_in_every_orientation(tmp_path: Path, dtype: torch.dtype, dims: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(1)
+    shape = (30, 70) if len(dims) == 2 else (3, 5, 70) if dims[0] == "x" else (5, 3, 70)
+    stored = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+    whole = stored.float().transpose(0, 1) if dims == ("out", "x", "in") else stored.float()
+    path = write_safetensors(tmp_path / "model.safetensors", {"w": stored, "none": torch.zeros(0, 8, dtype=dtype)})
+    roles = {"w": TensorRole("w", "w", 0, "linear", dims), "none": TensorRole("none", "none", 0, "linear", dims[-2:])}
+    frame = weight_error(open_checkpoint(path), roles, FORMATS)
+    assert list(frame["tensor"]) == ["w"] * len(NAMES)
+    for row in frame.itertuples():
+        sqnr, relative, largest = expected(whole, ("in", "out") if dims == ("in", "out") else dims, row.format)
+        assert row.sqnr_db == pytest.approx(sqnr, rel=1e-9)
+        assert row.relative_error == pytest.approx(relative, rel=1e-9)
+        assert row.max_error == pytest.approx(largest, rel=1e-12)
+
+
 def test_the_stored_orientation_matters(checkpoint: Checkpoint) -> None:
     name = "layers.0.conv1d.weight"
     wrong = {name: TensorRole(name, "conv1d", 0, "linear", ("out", "in"))}

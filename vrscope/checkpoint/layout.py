@@ -203,4 +203,6 @@ def printable(text: object, limit: int = 200) -> str:
         shown = f"a deeply nested {type(text).__name__}"
     if len(shown) > limit:
         shown = f"{shown[: limit // 2]}...{shown[-limit // 2 :]}"
+    if shown.isprintable():
+        return shown
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
@@ -18,6 +19,7 @@ from vrscope.progress import Progress, silent
 Part = TypeVar("Part")
 
 SERIAL: Executor = Serial()
+_BATCH = 4  # blocks; what each contributes waits for the others
 
 
 def _any_row(info: TensorInfo) -> int:
@@ -108,7 +110,10 @@ def _results(
 ) -> Iterator[tuple[str, int, Part]]:
     """Yield the name, size in bytes and result of every block."""
 
-    def work(place: BlockPlace) -> tuple[str, int, Part]:
+    def work(batch: list[BlockPlace]) -> list[tuple[str, int, Part]]:
+        return [visit(place) for place in batch]
+
+    def visit(place: BlockPlace) -> tuple[str, int, Part]:
         block = checkpoint.read_stored(place)
         return place.name, block.bits.nbytes, function(checkpoint.tensors[place.name], block)
 
@@ -117,4 +122,21 @@ def _results(
         for name in names
         for place in checkpoint.block_places(name, how.block_bytes, how.unit(checkpoint.tensors[name]))
     )
-    return iter(how.executor.map(work, places))
+    batches = _batches(checkpoint, places, how.block_bytes)
+    return chain.from_iterable(how.executor.map(work, batches))
+
+
+def _batches(checkpoint: Checkpoint, places: Iterable[BlockPlace], size_bytes: int) -> Iterator[list[BlockPlace]]:
+    """Yield small blocks together, up to `size_bytes`, as handing one to a thread costs more than to visit it."""
+    batch: list[BlockPlace] = []
+    left = size_bytes
+    for place in places:
+        info = checkpoint.tensors[place.name]
+        size = place.rows * place.columns * info.size_bytes // info.numel
+        if batch and (size > left or len(batch) == _BATCH):
+            yield batch
+            batch, left = [], size_bytes
+        batch.append(place)
+        left -= size
+    if batch:
+        yield batch

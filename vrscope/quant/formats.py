@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Singles = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+    Patterns = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,9 @@ class Format:
     reference
         The same by the engine itself: on the CPU equal to `roundtrip` in every element, and slower. Models are run with
         what this gives. None if `roundtrip` is that.
+    errors
+        Adds what `values` costs to sums, as `kernels.add_codebook_errors` does, and writes no dequantized weights; None
+        if there are no such loops.
     odd
         Whether minus a weight always rounds to minus what the weight rounds to, so that signs change nothing. Code
         books do not, not even one that is the same on both sides of zero: what lies on a bound goes down.
@@ -140,6 +145,7 @@ class Format:
     roundtrip: Callable[[Tensor], Tensor]
     values: Callable[[Singles], Singles] | None = None
     reference: Callable[[Tensor], Tensor] | None = None
+    errors: Callable[[Patterns, Doubles], None] | None = None
     odd: bool = False
     levels: Levels | None = None
     inputs: Callable[[Tensor], Tensor] | None = None
@@ -163,10 +169,14 @@ class Format:
         return (self.reference or self.roundtrip)(weight)
 
 
-def _looped(values: Callable[[Singles], Singles], reference: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Return the three functions of a format that has compiled loops and a reference."""
+def _looped(
+    values: Callable[[Singles], Singles],
+    reference: Callable[[Tensor], Tensor],
+    errors: Callable[[Patterns, Doubles], None] | None = None,
+) -> dict[str, Any]:
+    """Return the functions of a format that has compiled loops and a reference."""
     tensors = partial(roundtrip.through, values=values, reference=reference)
-    return {"roundtrip": tensors, "values": values, "reference": reference}
+    return {"roundtrip": tensors, "values": values, "reference": reference, "errors": errors}
 
 
 def _int4(group: int | None) -> Format:
@@ -179,7 +189,11 @@ def _int4(group: int | None) -> Format:
         "simulated",
         ScaleScope("group", group) if group else ScaleScope("row"),
         activations=False,
-        **_looped(partial(roundtrip.int4, group=group), partial(simulated.int4_per_group, group=group)),
+        **_looped(
+            partial(roundtrip.int4, group=group),
+            partial(simulated.int4_per_group, group=group),
+            partial(roundtrip.int4_errors, group=group),
+        ),
         levels=Levels("integer", 15),
     )
 
@@ -203,7 +217,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("row"),
         activations=True,
-        **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        **_looped(roundtrip.int8_rows, simulated.int8_per_row, roundtrip.int8_rows_errors),
         odd=True,
         levels=Levels("symmetric", 127),
         inputs=simulated.int8_per_tensor,
@@ -215,7 +229,7 @@ FORMATS: tuple[Format, ...] = (
         "simulated",
         ScaleScope("row"),
         activations=False,
-        **_looped(roundtrip.int8_rows, simulated.int8_per_row),
+        **_looped(roundtrip.int8_rows, simulated.int8_per_row, roundtrip.int8_rows_errors),
         odd=True,
         levels=Levels("symmetric", 127),
     ),
@@ -236,7 +250,11 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        **_looped(partial(roundtrip.four_bit, kind="nf4"), partial(bnb.four_bit, kind="nf4")),
+        **_looped(
+            partial(roundtrip.four_bit, kind="nf4"),
+            partial(bnb.four_bit, kind="nf4"),
+            partial(roundtrip.four_bit_errors, kind="nf4"),
+        ),
         levels=Levels("codebook", book="nf4"),
     ),
     Format(
@@ -256,7 +274,11 @@ FORMATS: tuple[Format, ...] = (
         "bitsandbytes",
         ScaleScope("block", bnb.BLOCK),
         activations=False,
-        **_looped(partial(roundtrip.four_bit, kind="fp4"), partial(bnb.four_bit, kind="fp4")),
+        **_looped(
+            partial(roundtrip.four_bit, kind="fp4"),
+            partial(bnb.four_bit, kind="fp4"),
+            partial(roundtrip.four_bit_errors, kind="fp4"),
+        ),
         levels=Levels("codebook", book="fp4"),
     ),
     _int4(32),

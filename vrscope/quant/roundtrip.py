@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Singles = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Patterns = NDArray[np.unsignedinteger]
 FourBit = Literal["nf4", "fp4"]
 
 # As bitsandbytes 0.50 stores and rounds them (QLoRA, arXiv 2305.14314, appendix E; FP4 over its largest magnitude, 12).
@@ -62,6 +64,13 @@ def four_bit(weight: Singles, kind: FourBit, nested: bool = False) -> Singles:
     return out
 
 
+def four_bit_errors(bits: Patterns, sums: Doubles, kind: FourBit) -> None:
+    """Add the errors of `four_bit` to `sums`, as `kernels.add_codebook_errors` does."""
+    from vrscope.quant import kernels
+
+    kernels.add_codebook_errors(bits, bnb.BLOCK, *codebook(kind), sums)
+
+
 def nested_scales(values: Singles) -> Singles:
     """Return the scales of all blocks of a weight (shape `(n,)`) after double quantization."""
     import numpy as np
@@ -82,6 +91,13 @@ def int8_rows(weight: Singles) -> Singles:
     out = np.empty_like(weight)
     kernels.roundtrip_int8_rows(weight, out)
     return out
+
+
+def int8_rows_errors(bits: Patterns, sums: Doubles) -> None:
+    """Add the errors of `int8_rows` to `sums`, as `kernels.add_int8_row_errors` does."""
+    from vrscope.quant import kernels
+
+    kernels.add_int8_row_errors(bits, sums)
 
 
 def int8_tensor(weight: Singles) -> Singles:
@@ -111,3 +127,10 @@ def int4(weight: Singles, group: int | None) -> Singles:
     out = np.empty_like(weight)
     kernels.roundtrip_int4_groups(weight, group or max(1, weight.shape[1]), out)
     return out
+
+
+def int4_errors(bits: Patterns, sums: Doubles, group: int | None) -> None:
+    """Add the errors of `int4` to `sums`, as `kernels.add_int4_group_errors` does."""
+    from vrscope.quant import kernels
+
+    kernels.add_int4_group_errors(bits, group or max(1, bits.shape[1]), sums)

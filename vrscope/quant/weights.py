@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-SLAB_ELEMENTS = 1 << 17  # a slab and its dequantized self stay in the second-level cache of most machines
+SLAB_ELEMENTS = 1 << 17  # what a slab rounds to stays in the second-level cache of most machines
 BLOCK_BYTES = 4 << 20
 
 WEIGHT_ERROR_COLUMNS: tuple[Column, ...] = (
@@ -98,11 +98,10 @@ class WeightErrors:
 
         from vrscope.quant import kernels
 
-        weight = np.zeros((2, 64), np.float32)
-        steps = [
-            partial(_add_slab, weight, self.formats, [number], _no_sums(len(self.formats)))
-            for number in range(len(self.formats))
-        ]
+        samples = [np.zeros((2, 64), kind) for kind in (np.uint16, np.uint32)]
+        steps: list[Callable[[], object]] = [partial(kernels.signal, bits) for bits in samples]
+        for number in range(len(self.formats)):
+            steps += [partial(_add_slab, bits, self.formats, [number], _no_sums(number + 1)) for bits in samples]
         rehearse(kernels.add_errors, steps, progress)
 
     def unit(self, info: TensorInfo) -> int:
@@ -121,7 +120,7 @@ class WeightErrors:
         sums = _no_sums(len(self.formats))
         stored = block.bits.reshape(-1, *info.shape[1:])
         for matrix in matrices(stored, self._roles[info.name].dims):
-            _add(matrix, partial(_singles, info), self.formats, sums)
+            _add(matrix, info, self.formats, sums)
         return sums
 
     def collect(self, info: TensorInfo, part: NDArray[np.float64] | None) -> None:
@@ -188,46 +187,48 @@ def matrices(stored: NDArray[Any], dims: Sequence[str]) -> Iterator[NDArray[Any]
         yield ordered[index]
 
 
-def _singles(info: TensorInfo, bits: NDArray[Any]) -> NDArray[np.float32]:
-    """Return the float32 values of some stored bits of a tensor, contiguous, shape as that of `bits`."""
+def _patterns(info: TensorInfo, stored: NDArray[Any]) -> NDArray[np.unsignedinteger]:
+    """Return what compiled loops read: the bits of BF16, or those of the weights as float32; contiguous, same shape."""
     import numpy as np
 
-    held = np.ascontiguousarray(bits)
-    if info.dtype == "BF16":  # the upper half of a float32
-        wide = held.astype(np.uint32)
-        wide <<= np.uint32(16)
-        return wide.view(np.float32)
-    if info.dtype == "F32":
-        return held.view(np.float32)
+    held = np.ascontiguousarray(stored)
+    if info.dtype in {"BF16", "F32"}:
+        return held
     values: NDArray[np.float32] = StoredBlock(0, held, 0, info).values.float().numpy()
-    return values
+    return values.view(np.uint32)
 
 
-def _add(
-    matrix: NDArray[Any],
-    decoded: Callable[[NDArray[Any]], NDArray[np.float32]],
-    formats: Sequence[Format],
-    sums: NDArray[np.float64],
-) -> None:
+def _add(matrix: NDArray[Any], info: TensorInfo, formats: Sequence[Format], sums: NDArray[np.float64]) -> None:
     """Add the errors of a matrix `(out, in)` to `sums`: slab by slab, or at once where scales depend on all of it."""
+    from vrscope.quant import kernels
+
     rows, columns = matrix.shape
-    sliced = [number for number, entry in enumerate(formats) if not entry.scope.whole]
     unit = _unit(columns, formats)
     step = max(unit, SLAB_ELEMENTS // columns // unit * unit)
-    for first in range(0, rows if sliced else 0, step):
-        _add_slab(decoded(matrix[first : first + step]), formats, sliced, sums)
+    sliced = [number for number, entry in enumerate(formats) if not entry.scope.whole]
     whole = [number for number, entry in enumerate(formats) if entry.scope.whole]
+    for first in range(0, rows, step):
+        bits = _patterns(info, matrix[first : first + step])
+        sums[:, kernels.SIGNAL] += kernels.signal(bits)
+        _add_slab(bits, formats, sliced, sums)
     if whole:
-        _add_slab(decoded(matrix), formats, whole, sums)
+        _add_slab(_patterns(info, matrix), formats, whole, sums)
 
 
 def _add_slab(
-    weight: NDArray[np.float32], formats: Sequence[Format], which: Sequence[int], sums: NDArray[np.float64]
+    bits: NDArray[np.unsignedinteger], formats: Sequence[Format], which: Sequence[int], sums: NDArray[np.float64]
 ) -> None:
+    """Add the errors of some formats over a few rows; weights are dequantized one slab at a time at most."""
     from vrscope.quant import kernels
 
+    weight: NDArray[np.float32] | None = None
     for number in which:
-        kernels.add_errors(weight.reshape(-1), formats[number].of_array(weight).reshape(-1), sums[number])
+        entry = formats[number]
+        if entry.errors is not None:
+            entry.errors(bits, sums[number])
+        else:
+            weight = kernels.singles(bits) if weight is None else weight
+            kernels.add_errors(weight.reshape(-1), entry.of_array(weight).reshape(-1), sums[number])
 
 
 def _unit(columns: int, formats: Sequence[Format]) -> int:

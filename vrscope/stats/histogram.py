@@ -110,7 +110,7 @@ def histogram_of(encoding: Encoding, counts: Counts, absmax: float) -> Histogram
     """
     from vrscope.stats import kernels
 
-    half, finite = encoding.bins // 2, encoding.lower.size
+    half, finite = encoding.bins // 2, int(encoding.lower.searchsorted(absmax, side="right"))  # no bin above is in use
     positive, negative = counts[:finite], counts[half : half + finite]
     both = positive + negative
     up, down, either = kernels.used_bins(positive), kernels.used_bins(negative)[::-1], kernels.used_bins(both)

@@ -223,10 +223,11 @@ class Accumulator:
             nans, infs = int(self._state[kernels.NANS]), int(self._state[kernels.INFS])
         else:
             finite, half = self.encoding.limit + 1, self.encoding.bins // 2
-            both = self._patterns[:half] + self._patterns[half:]
-            infs = int(both[self.encoding.infinity]) if self.encoding.infinity is not None else 0
-            nans = int(both[finite:].sum()) - infs
-            positive, negative = self._patterns[:finite], self._patterns[half : half + finite]
+            positive, negative = self._patterns[:half], self._patterns[half:]
+            infinity = self.encoding.infinity
+            infs = int(positive[infinity] + negative[infinity]) if infinity is not None else 0
+            nans = int(positive[finite:].sum() + negative[finite:].sum()) - infs
+            positive, negative = positive[:finite], negative[:finite]
             kernels.pattern_moments(self.encoding.lower, positive, negative, self._state)
         return moments_of(self._state), int(self._state[kernels.ZEROS]), nans, infs
 
