@@ -1,6 +1,7 @@
 """The main job through the Python interface, on the demo model: files, tables, truth of what the page says."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -295,6 +296,23 @@ def test_an_interrupted_run_leaves_no_mixture(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         vrscope.run(demo_model(), out, method="wisca", formats=["int8-row"], tokens=32, force=True, progress=stop)
     assert [path.name for path in out.iterdir()] == ["rescaled"]
+
+
+def test_saving_leaves_all_results_or_none(tmp_path, monkeypatch):
+    report = vrscope.analyze(demo_model(), weights_only=True)
+    for point in ("from_rendering", "from_writing"):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            if point == "from_rendering":
+                patched.setattr("vrscope.report.html.render", mock.Mock(side_effect=KeyboardInterrupt))
+            else:
+                patched.setattr("pathlib.Path.chmod", mock.Mock(side_effect=[None, None, KeyboardInterrupt]))
+            api.save(report, tmp_path / "out")
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    before = api.save(report, tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("vrscope.report.html.render", mock.Mock(side_effect=KeyboardInterrupt))
+        api.save(report, tmp_path / "out", force=True)
+    assert all(path.is_file() for path in before), "nothing is removed before all is rendered"
 
 
 def test_a_forced_run_that_is_refused_keeps_the_earlier_results(tmp_path, monkeypatch):
