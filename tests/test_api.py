@@ -299,19 +299,20 @@ def test_an_interrupted_run_leaves_no_mixture(tmp_path, monkeypatch):
 
 
 def test_saving_leaves_all_results_or_none(tmp_path, monkeypatch):
-    report = vrscope.analyze(demo_model(), weights_only=True)
-    for point in ("from_rendering", "from_writing"):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            if point == "from_rendering":
-                patched.setattr("vrscope.report.html.render", mock.Mock(side_effect=KeyboardInterrupt))
-            else:
-                patched.setattr("pathlib.Path.chmod", mock.Mock(side_effect=[None, None, KeyboardInterrupt]))
-            api.save(report, tmp_path / "out")
-        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
-    before = api.save(report, tmp_path / "out")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("vrscope.report.html.render", mock.Mock(side_effect=KeyboardInterrupt))
-        api.save(report, tmp_path / "out", force=True)
+    report, out = vrscope.analyze(demo_model(), weights_only=True), tmp_path / "out"
+
+    def interrupted(where, effect):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, mock.Mock(side_effect=effect))
+            with pytest.raises(KeyboardInterrupt):
+                api.save(report, out, force=True)
+
+    interrupted("vrscope.report.html.render", KeyboardInterrupt)
+    assert not out.exists()
+    interrupted("pathlib.Path.chmod", [None, None, KeyboardInterrupt])  # in the third file
+    assert list(out.iterdir()) == []
+    before = api.save(report, out)
+    interrupted("vrscope.report.html.render", KeyboardInterrupt)
     assert all(path.is_file() for path in before), "nothing is removed before all is rendered"
 
 
