@@ -15,6 +15,7 @@ the `summary` marks of benchmarks/results/damage.md into the README; that file i
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import tempfile
@@ -98,7 +99,7 @@ def main() -> int:
     known = provenance(0.0)
     facts = f"{known['machine']}, {known['cores']} cores; {known['date'][:10]}; vrscope {known['vrscope']}"
     facts += "".join(f", {name} {version}" for name, version in known["versions"].items())
-    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     head = [
         "# Damage by rescale",
         "",
@@ -126,9 +127,9 @@ def _options(method: str, options: dict[str, Any]) -> str:
 
 
 def _short(rows: Any, checkpoint: str, name: str) -> str:
-    """Return mean and standard error, to the first digits of the error."""
+    """Return mean and standard error, to the first digit of the error."""
     row = rows.loc[(checkpoint, name)]
-    digits = 3 if row["kl_sem"] >= 5e-4 else 4
+    digits = max(3, -math.floor(math.log10(row["kl_sem"]))) if row["kl_sem"] > 0 else 3
     return f"{row['kl']:.{digits}f} ± {row['kl_sem']:.{digits}f}"
 
 

@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from measured import Command, markdown, ratios, spread, take_turns
@@ -133,13 +134,31 @@ def _facts(given: argparse.Namespace) -> list[str]:
         f"`{words}`",
         "",
         f"{known['machine']}; {known['cores']} cores, {memory:.0f} GB of memory, load {os.getloadavg()[0]:.1f} at the "
-        f"start; {known['date'][:10]}; {given.rounds} rounds. vrscope {known['vrscope']}, {versions}. Median (least to "
-        "largest).",
+        f"start; {known['date'][:10]}; rounds: {given.rounds}. vrscope {_commit() or known['vrscope']}, {versions}"
+        f"{_lens_version(given.lens)}. Medians (least to largest).",
         "",
         f"*{MEMORY}* adds up every 8 bytes of the mapped files on all cores: what reading weights from memory costs at "
         "least. *buffer read* copies the files into 4 MiB buffers that stay in the caches and looks at nothing.",
         "",
     ]
+
+
+def _commit() -> str:
+    """Return the commit of this repository, or nothing."""
+    words = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return (
+        subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    )
+
+
+def _lens_version(lens: str | None) -> str:
+    """Return which weightlens it is, asked of the Python beside it."""
+    python = Path(shutil.which(lens) or lens).parent / "python" if lens else None
+    if python is None or not python.exists():
+        return ""
+    code = "import importlib.metadata as m; print(m.version('weightlens'))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return f", weightlens {done.stdout.strip()}" if done.returncode == 0 else ""
 
 
 def _warm_up(scratch: Path, given: argparse.Namespace) -> None:
@@ -176,7 +195,7 @@ def _measure_moe(scratch: Path, given: argparse.Namespace) -> Case:
 
 def _commands(folder: Path, scratch: Path, given: argparse.Namespace, slow: bool) -> list[Command]:
     """Return what is measured on one checkpoint; `slow` adds the naive script and weightlens."""
-    rescaled, copied = scratch / "rescaled", scratch / "copied"
+    rescaled, copied, plan = scratch / "rescaled", scratch / "copied", scratch / "plan.json"
     others = (NAIVE, LENS)
 
     def python(script: str, *words: str) -> tuple[str, list[str]]:
@@ -191,7 +210,7 @@ def _commands(folder: Path, scratch: Path, given: argparse.Namespace, slow: bool
         Command(
             "analyze, formats", *_vrscope(f"analyze MODEL --weights-only -q --formats {FORMATS}", MODEL=folder), others
         ),
-        Command("plan", *_vrscope("plan MODEL --method wisca -q", MODEL=folder)),
+        Command("plan", *_vrscope("plan MODEL --method wisca -o PLAN -q", MODEL=folder, PLAN=plan)),
     ]
     if slow:
         commands.append(Command(NAIVE, *python("naive.py")))
@@ -199,7 +218,7 @@ def _commands(folder: Path, scratch: Path, given: argparse.Namespace, slow: bool
         words = ["analyze", str(folder / "model.safetensors.index.json"), "--num-workers", "auto"]
         line = "lens analyze MODEL/model.safetensors.index.json --num-workers auto"
         commands.append(Command(LENS, line, [given.lens, *words]))
-    rescale = _vrscope("rescale MODEL OUT --method wisca -q", MODEL=folder, OUT=rescaled)
+    rescale = _vrscope("rescale MODEL OUT --plan PLAN -q", MODEL=folder, OUT=rescaled, PLAN=plan)
     return [
         *commands,
         Command(COPY, "cp -r MODEL COPY", ["sh", "-c", copy], out=copied),
@@ -249,23 +268,18 @@ def _start_table(commands: list[Command]) -> list[str]:
 
 
 def _growth(cases: list[Case]) -> list[str]:
-    """Return the table of memory and of seconds per GB, by size."""
-    if not cases:
-        return []
+    """Return the table of memory by size, and of seconds per GB between one size and the next."""
     rows = []
+    sizes = [case.size_bytes / 1e9 for case in cases]
     for name in ("analyze", "analyze, formats", "plan", "rescale", "verify"):
-        found = [(case.named[name], case.size_bytes / 1e9) for case in cases]
-        cost = [statistics.median(command.seconds) / size for command, size in found]
-        peaks = [f"{max(command.peak_mb):.0f}" for command, _ in found]
-        rows.append((name, *peaks, *(f"{seconds:.2f}" for seconds in cost), f"{cost[-1] / cost[0]:.2f}"))
-    sizes = [f"{case.size_bytes / 1e9:.1f} GB" for case in cases]
-    heads = (
-        "command",
-        *(f"peak MB, {size}" for size in sizes),
-        *(f"s per GB, {size}" for size in sizes),
-        "last : first",
-    )
-    return ["### Memory and cost by size", "", *markdown(heads, rows)]
+        commands = [case.named[name] for case in cases]
+        seconds = [statistics.median(command.seconds) for command in commands]
+        peaks = [f"{max(command.peak_mb):.0f}" for command in commands]
+        steps = zip(pairwise(seconds), pairwise(sizes), strict=True)
+        rows.append((name, *peaks, *(f"{(d - c) / (b - a):.2f}" for (c, d), (a, b) in steps)))
+    heads = ["command", *(f"peak MB, {size:.1f} GB" for size in sizes)]
+    heads += [f"s per GB from {a:.1f} to {b:.1f} GB" for a, b in pairwise(sizes)]
+    return ["### Memory and cost by size", "", *markdown(heads, rows)] if cases else []
 
 
 def _summary(llamas: list[Case], rest: list[Case], started: list[Command]) -> list[str]:
@@ -301,7 +315,7 @@ def _summary(llamas: list[Case], rest: list[Case], started: list[Command]) -> li
         row("`rescale`, GB/s", rate("rescale")),
         row("… times `cp -r`", times("rescale", COPY)),
         row("peak MB, `analyze` / `rescale`", peaks),
-        ("seconds for `--help` / `list families` / `analyze` of 3 MB", seconds, *[""] * (len(cases) - 1)),
+        ("seconds for `--help` / `list families` / `analyze` of the included model", seconds, *[""] * (len(cases) - 1)),
     ]
     return markdown(titles, [cells for cells in rows if any(cells[1:])])[:-1]
 
@@ -340,7 +354,7 @@ def _into_cache(folder: Path) -> None:
 
 def _clear(scratch: Path) -> None:
     for path in scratch.iterdir():
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _require_space(folder: Path, gigabytes: float) -> None:

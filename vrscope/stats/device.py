@@ -100,7 +100,7 @@ def _widened(bits: torch.Tensor) -> torch.Tensor:
     """Return a copy of the bits in integers that also hold every pattern without a sign, plus one."""
     import torch
 
-    return bits.to(torch.int32 if bits.element_size() < 4 else bits.dtype, copy=True)
+    return bits.to({1: torch.int16, 2: torch.int32}.get(bits.element_size(), bits.dtype), copy=True)
 
 
 def _counts(bits: torch.Tensor, code: Encoding) -> NDArray[np.uint32]:
