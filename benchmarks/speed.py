@@ -61,7 +61,7 @@ class Case:
             others = [self.named[name] for name in command.against if name in self.named]
             against = "; ".join(f"{spread(ratios(command, other), '.2f')} {other.name}" for other in others)
             share = spread(ratios(command, self.named[MEMORY]), ".3f")
-            cells = (command.name, f"`{command.line}`", spread(command.seconds, ".2f"), spread(rates, ".2f"), against)
+            cells = (command.name, f"`{command.line}`", spread(command.seconds, ".2f"), spread(rates, ".3g"), against)
             rows.append((*cells, share, f"{statistics.median(command.cpu):.1f}", f"{max(command.peak_mb):.0f}"))
         return [f"### {self.title}", "", *markdown(headings, rows, 2)]
 
@@ -292,7 +292,7 @@ def _summary(llamas: list[Case], rest: list[Case], started: list[Command]) -> li
     def rate(name: str) -> Callable[[Case], str]:
         def cell(case: Case) -> str:
             command = case.named.get(name)
-            return spread([case.size_bytes / s / 1e9 for s in command.seconds], ".2f") if command else ""
+            return spread([case.size_bytes / s / 1e9 for s in command.seconds], ".3g") if command else ""
 
         return cell
 
@@ -309,6 +309,7 @@ def _summary(llamas: list[Case], rest: list[Case], started: list[Command]) -> li
     titles = ["", *(case.title.removesuffix(" bfloat16").replace("Mixture of experts", "MoE") for case in cases)]
     seconds = " / ".join(f"{statistics.median(command.seconds):.2f}" for command in started[:3])
     rows = [
+        row("`analyze`, seconds", lambda case: spread(case.named["analyze"].seconds, ".1f")),
         row("`analyze`, GB/s", rate("analyze")),
         row("… times a naive script", times("analyze", NAIVE)),
         row("… times weightlens", times("analyze", LENS)),
