@@ -8,7 +8,7 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constr
 SOURCES := vrscope tests tools $(wildcard benchmarks notebooks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format types layers readme reports bench constraints check clean
+.PHONY: help demo test test-full lint format types layers readme reports bench bench-full constraints check clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ reports: $(VENV)/.test  ## make the demo's report and its picture again
 bench: $(VENV)/.test  ## the benchmarks: damage by rescale on the included model, speed and memory on 1 GB
 	$(BIN)/python benchmarks/rescales.py vrscope/demo/model --tokens 1024
 	$(BIN)/python benchmarks/speed.py --gb 1
+
+bench-full: $(VENV)/.test  ## speed and memory on 1, 4 and 16 GB, into the README; LENS=PATH adds weightlens; up to an hour
+	$(BIN)/python benchmarks/speed.py $(if $(LENS),--lens $(LENS)) -o benchmarks/results/speed.md
+	$(BIN)/python tools/readme_tables.py
 
 constraints: $(VENV)/.dev $(VENV)/.test  ## write constraints.txt from what is installed
 	$(BIN)/python tools/constraints.py > constraints.new && mv constraints.new constraints.txt

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 from quant_tiny import save_tokenizer, text, tiny_checkpoint
 from tiny_models import save_tiny
 
@@ -15,6 +17,8 @@ import vrscope
 from vrscope import stages
 from vrscope.cli import main
 from vrscope.errors import ModelError, TextError
+from vrscope.stats import measure
+from vrscope.stats.device import summarize_block_on
 from vrscope.tables import Report, from_json, to_json
 
 
@@ -48,6 +52,36 @@ def test_weights_only_runs_no_model_and_needs_no_tokenizer(tmp_path: Path, monke
     monkeypatch.setattr(stages, "fill_activations", fail)
     found = vrscope.analyze(save_tiny("llama", tmp_path), weights_only=True)
     assert set(found.tables) == {"tensors", "depth_law", "histograms"} and "tokens" not in found.provenance
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments in ([], ["--weights-only"]):
+        assert main(["analyze", str(tmp_path / "absent"), "--device", "cuda", *arguments]) == 1
+        shown = capsys.readouterr().err
+        assert shown == "vrscope: device 'cuda': expected a GPU, found none that torch can use. Use --device cpu.\n"
+    with pytest.raises(ModelError, match="expected auto, cpu or cuda"):
+        vrscope.analyze(tmp_path / "absent", weights_only=True, device="tpu")
+
+
+def test_statistics_of_weights_go_to_the_gpu_only_if_asked(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[str] = []
+
+    def by_torch(device: str, *rest: Any) -> Any:
+        where.append(device)
+        return summarize_block_on("cpu", *rest)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure, "summarize_block_on", by_torch)
+    plain = {device: vrscope.analyze(moe, weights_only=True, device=device) for device in ("auto", "cpu")}
+    assert where == []
+    found = vrscope.analyze(moe, weights_only=True, device="cuda")
+    assert set(where) == {"cuda"} and len(where) >= len(found.tables["tensors"])
+    pd.testing.assert_frame_equal(found.tables["tensors"], plain["cpu"].tables["tensors"], check_exact=False, rtol=1e-9)
+    assert found.provenance["device"] == "cuda" and found.provenance["command"].endswith("--device cuda")
+    assert "device" not in plain["auto"].provenance and "--device" not in plain["auto"].provenance["command"]
 
 
 @pytest.mark.parametrize(

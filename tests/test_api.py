@@ -1,6 +1,7 @@
 """The main job through the Python interface, on the demo model: files, tables, truth of what the page says."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -295,6 +296,24 @@ def test_an_interrupted_run_leaves_no_mixture(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         vrscope.run(demo_model(), out, method="wisca", formats=["int8-row"], tokens=32, force=True, progress=stop)
     assert [path.name for path in out.iterdir()] == ["rescaled"]
+
+
+def test_saving_leaves_all_results_or_none(tmp_path, monkeypatch):
+    report, out = vrscope.analyze(demo_model(), weights_only=True), tmp_path / "out"
+
+    def interrupted(where, effect):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, mock.Mock(side_effect=effect))
+            with pytest.raises(KeyboardInterrupt):
+                api.save(report, out, force=True)
+
+    interrupted("vrscope.report.html.render", KeyboardInterrupt)
+    assert not out.exists()
+    interrupted("pathlib.Path.chmod", [None, None, KeyboardInterrupt])  # in the third file
+    assert list(out.iterdir()) == []
+    before = api.save(report, out)
+    interrupted("vrscope.report.html.render", KeyboardInterrupt)
+    assert all(path.is_file() for path in before), "nothing is removed before all is rendered"
 
 
 def test_a_forced_run_that_is_refused_keeps_the_earlier_results(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 
 import vrscope
 from vrscope import api, cli, options
+from vrscope.demo import demo_model
 from vrscope.errors import CheckpointError, UnknownNameError, VerificationError
 from vrscope.rescale.methods import MethodOptions
 from vrscope.rescale.plan import RescalePlan
@@ -297,6 +299,58 @@ def test_an_interrupt_ends_with_130_and_one_line() -> None:
     )
     done = process("analyze", "m", code=patch)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "vrscope: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "from vrscope import api\ndef analyze(*a, **k):\n    exec('raise KeyboardInterrupt')\napi.analyze = analyze",
+        "class Finder:\n    def find_spec(self, name, *rest):\n        if name == 'vrscope.cli':\n"
+        "            raise KeyboardInterrupt\nimport sys\nsys.meta_path.insert(0, Finder())",
+    ],
+    ids=["inside exec", "while importing"],
+)
+def test_an_interrupt_ends_with_130_wherever_it_comes(patch: str) -> None:
+    program = f"{patch}\nimport sys\nfrom vrscope.__main__ import main\nsys.exit(main())"
+    command = [sys.executable, "-c", program, "analyze", "m"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "vrscope: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "stage"),
+    [
+        ("analyze model --weights-only -o out", "statistics"),
+        ("plan model -o out", "reading weights"),
+        ("rescale model out --plan plan.json", "writing"),
+        ("rescale model out --plan plan.json", "proving"),
+        ("rescale model balanced --plan plan.json --force", "proving"),
+        ("verify model balanced", "proving"),
+    ],
+)
+def test_an_interrupt_at_work_leaves_everything_as_it_was(work: Path, line: str, stage: str) -> None:
+    patch = (
+        "import contextlib, os, signal\nfrom vrscope import console\n"
+        "def tell(stage, done, total, unit):\n"
+        f"    if stage == {stage!r} and done and unit == 'bytes':\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "console.progress_display = lambda quiet: contextlib.nullcontext(tell)"
+    )
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    program = f"{patch}\nimport os, sys\nos.chdir({str(work)!r})\nfrom vrscope.__main__ import main\nsys.exit(main())"
+    command = [sys.executable, "-c", program, *shlex.split(line)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "vrscope: interrupted\n")
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model, a plan, and the checkpoint that the plan makes."""
+    folder = tmp_path_factory.mktemp("work")
+    shutil.copytree(demo_model(), folder / "model")
+    vrscope.plan(folder / "model").save(folder / "plan.json")
+    vrscope.rescale(folder / "model", folder / "balanced", plan=folder / "plan.json")
+    return folder
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

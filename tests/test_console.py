@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
@@ -82,3 +83,37 @@ def test_progress_in_bytes_tells_rate_and_what_is_left(monkeypatch: pytest.Monke
         progress("counting", 0, 100, "tokens")
     assert stream.getvalue().splitlines()[0] == "vrscope: reading 25%, 0.50 GB/s, 60 s left"
     assert "/s" not in stream.getvalue().splitlines()[1]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stage_that_begins_again_has_a_pace_of_its_own(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    with console.progress_display(False) as progress:
+        for seconds, done in ((0, 0), (100, 40), (10_000, 0), (20, 10), (20, 20)):
+            now[0] += seconds
+            progress("reading", done * 10**9, 40 * 10**9, "bytes")
+    if not terminal:
+        assert stream.getvalue().splitlines() == [
+            "vrscope: reading 100%, 0.40 GB/s",
+            "vrscope: reading 0%",
+            "vrscope: reading 25%, 0.50 GB/s, 60 s left",
+            "vrscope: reading 50%, 0.50 GB/s, 40 s left",
+        ]
+    else:
+        assert "50% 0.50 GB/s" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+
+
+def test_the_rate_leaves_out_what_was_done_when_the_stage_was_first_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream)
+    with console.progress_display(False) as progress:
+        progress("reading", 20 * 10**9, 40 * 10**9, "bytes")
+        now[0] = 20.0
+        progress("reading", 30 * 10**9, 40 * 10**9, "bytes")
+    assert stream.getvalue() == "vrscope: reading 75%, 0.50 GB/s, 20 s left\n"

@@ -16,7 +16,9 @@ from vrscope.listing import listing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-STATISTICS = (REPOSITORY / "docs" / "statistics.md").read_text(encoding="utf-8")
+FAMILIES, STATISTICS = (
+    (REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("families", "statistics")
+)
 COMMAND_LINES = [
     line.split("   #")[0]
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -38,18 +40,37 @@ def writer() -> ModuleType:
 def test_the_tables_are_those_of_the_code(writer: ModuleType) -> None:
     assert writer.fresh(README) == README, "run `make readme`"
     assert writer.fresh(STATISTICS) == STATISTICS, "run `make readme`"
+    assert writer.fresh(FAMILIES) == FAMILIES, "run `make readme`"
 
 
 @pytest.mark.parametrize("kind", ["families", "formats", "statistics", "methods"])
 def test_every_entry_of_every_table_is_in_its_page(kind: str) -> None:
     _, rows = listing(kind)
-    page = STATISTICS if kind == "statistics" else README
+    page = {"statistics": STATISTICS, "families": FAMILIES}.get(kind, README)
     assert rows and all(f"| {row[0]} |" in page for row in rows)
 
 
 def test_a_stale_table_is_noticed(writer: ModuleType) -> None:
     stale = README.replace("| nf4 |", "| nf5 |")
     assert stale != README and writer.fresh(stale) == README
+
+
+def test_what_benchmarks_found_is_that_of_their_files(writer: ModuleType) -> None:
+    names = re.findall(r"<!-- results: (\w+) -->", README)
+    assert names and all(writer.summary(name) in README for name in names)
+    first = writer.summary(names[0]).splitlines()[-1]
+    stale = README.replace(first, "| measured elsewhere |")
+    assert stale != README and writer.fresh(stale) == README
+
+
+@pytest.mark.parametrize("text", ["", "<!-- summary -->\n", "<!-- summary -->\na\n<!-- end of summary -->\n" * 2])
+def test_a_file_of_results_without_one_summary_is_refused(
+    writer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(writer, "RESULTS", tmp_path)
+    (tmp_path / "speed.md").write_text(text)
+    with pytest.raises(SystemExit, match=r"speed\.md: expected one summary"):
+        writer.summary("speed")
 
 
 def test_it_can_be_read_in_one_go() -> None:

@@ -1,6 +1,8 @@
 """Write the tables of README.md and docs/ from those of the package; `--check` only says whether they are fresh.
 
 A table stands between `<!-- table: KIND -->` and `<!-- end of table -->`, where KIND is what `vrscope list` takes.
+What a benchmark found stands between `<!-- results: NAME -->` and `<!-- end of results -->`, and is what stands between
+`<!-- summary -->` and `<!-- end of summary -->` in benchmarks/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from pathlib import Path
 from vrscope.listing import listing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "statistics.md")
+PAGES = tuple(REPOSITORY / page for page in ("README.md", "docs/families.md", "docs/statistics.md"))
+RESULTS = REPOSITORY / "benchmarks" / "results"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_RESULTS = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_SUMMARY = re.compile(r"<!-- summary -->\n(.+?)<!-- end of summary -->", re.DOTALL)
 
 
 def markdown_table(kind: str) -> str:
@@ -28,9 +33,21 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def summary(name: str) -> str:
+    """Return what a page shows of the results of one benchmark."""
+    path = RESULTS / f"{name}.md"
+    parts = _SUMMARY.findall(path.read_text(encoding="utf-8"))
+    if len(parts) != 1:
+        sys.exit(
+            f"{path}: expected one summary between its marks, found {len(parts)}. Run the benchmark again with -o."
+        )
+    return str(parts[0])
+
+
 def fresh(text: str) -> str:
-    """Return a page's text with every table written anew."""
-    return _TABLE.sub(lambda match: match[1] + markdown_table(match[2]) + match[3], text)
+    """Return a page's text with every table, and what it shows of benchmarks, written anew."""
+    text = _TABLE.sub(lambda match: match[1] + markdown_table(match[2]) + match[3], text)
+    return _RESULTS.sub(lambda match: match[1] + summary(match[2]) + match[3], text)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,24 @@
-"""Runs the command line: `python -m vrscope` and the `vrscope` program."""
+"""Runs the command line as a process: `python -m vrscope` and the `vrscope` program."""
 
 from __future__ import annotations
 
+import gc
 import sys
 
-from vrscope.cli import main
+
+def main() -> int:
+    """Run the command that the process was started with and return its exit status, to end the process with."""
+    try:
+        from vrscope import cli  # here, so that an interrupt while this is imported is one line too
+
+        return cli.main()
+    except KeyboardInterrupt:
+        sys.stderr.write("vrscope: interrupted\n")
+        return 130
+    finally:
+        gc.freeze()  # else the interpreter takes a second at its end to look through what torch left
+        exec("")  # CPython ends by the signal, not with 130, if the last code text it ran was interrupted
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,7 +52,9 @@ def analyze(
     tokens
         Tokens of it to run, in windows of 512.
     device, dtype
-        "auto", "cpu" or "cuda"; "float32" or "bfloat16": where and in what the model is run.
+        "auto", "cpu" or "cuda"; "float32" or "bfloat16": where and in what the model is run. "cuda" also takes the
+        statistics of weights (not those of `per`, `spectral` and `formats`) on the GPU; "auto" leaves them to the
+        compiled loops on the CPU, as nobody has measured whether copying weights to a GPU pays.
     per
         Adds tables "channels" (every output and input channel) and "activation_channels", or "heads" (query heads and
         KV groups).
@@ -81,12 +83,17 @@ def analyze(
     CheckpointError
         If the checkpoint cannot be read.
     ModelError, TextError
-        If the model or the text cannot be run, or activations are not finite.
+        If the model or the text cannot be run, activations are not finite, or the device is missing or too small.
     """
     from vrscope.stats.measure import StatOptions
 
     started = time.monotonic()
     entries = stages.read_formats(formats)
+    on_cpu = device in {"auto", "cpu"}  # then statistics do without torch
+    if not on_cpu:
+        from vrscope.quant.loading import resolve_device
+
+        resolve_device(device)  # refuses what is not there before anything is read
     checkpoint = open_checkpoint(model, revision)
     roles, family = stages.read_roles(checkpoint, families)
     sample: TextSample | None = None
@@ -95,7 +102,7 @@ def analyze(
     if not weights_only:  # first, as it refuses what cannot be run
         where = device, dtype
         sample, (tables, columns) = _activations(checkpoint, roles, text, tokens, where, per == "channel", progress)
-    options = StatOptions(target_std=target_std, spectrum=spectral)
+    options = StatOptions(target_std=target_std, spectrum=spectral, device="cpu" if on_cpu else device)
     more, described = stages.fill_statistics(checkpoint, roles, options, progress, entries)
     tables |= more
     columns |= described
@@ -112,7 +119,8 @@ def analyze(
         "target_std": target_std,
     }
     settings |= {"formats": list(formats) or None}
-    run = {} if weights_only else {"text": text, "tokens": tokens, "device": device, "dtype": dtype}
+    on_gpu = {} if on_cpu else {"device": device}
+    run = on_gpu if weights_only else {"text": text, "tokens": tokens, "device": device, "dtype": dtype}
     facts = provenance(
         time.monotonic() - started,
         model=str(model),
@@ -120,6 +128,7 @@ def analyze(
         settings=settings,
         notes=tables["activations"].attrs["notes"] if sample else [],
         command=command_line("analyze", [model], settings | run),
+        **on_gpu,
         **stages.sample_facts(sample, device, dtype),
     )
     if checkpoint.quantization is not None:

@@ -88,7 +88,7 @@ def run(model: str, out: Path, everything: bool, output: Output, **settings: Any
 @options.model
 @click.option("-o", "--out", type=_PATH, help="Folder for the page, CSV and JSON; without it, print only.")
 @click.option("--weights-only", is_flag=True, help="Leave the activations out; runs no model.")
-@options.text_options
+@options.analysis_options
 @options.dtype
 @click.option("--per", type=click.Choice(["channel", "head"]), help="Add tables of channels, or of heads.")
 @click.option("--spectral", is_flag=True, help="Add the top singular value and the stable rank; takes longer.")

@@ -108,19 +108,55 @@ def _bars() -> Bars:
 
 
 @dataclass(slots=True)
+class _Pace:
+    """How fast one stage goes. A stage whose count falls back has begun again, as for a second checkpoint."""
+
+    began: float
+    first: int
+    last: int
+
+    def rate(self, done: int, unit: str) -> str:
+        """Return how fast bytes are worked on; nothing for other units, whose number says little."""
+        seconds, worked = time.monotonic() - self.began, done - self.first
+        return f"{worked / seconds / 1e9:.2f} GB/s" if unit == "bytes" and seconds > 0 and worked else ""
+
+    def left(self, done: int, total: int) -> str:
+        """Return about how much time is left; nothing where it cannot be told, or nothing is left."""
+        seconds, worked = time.monotonic() - self.began, done - self.first
+        return _time(seconds * (total - done) / worked) if worked and done < total and seconds > 0 else ""
+
+
+@dataclass(slots=True)
+class _Paces:
+    """The pace of every stage."""
+
+    of: dict[str, _Pace] = field(default_factory=dict)
+
+    def note(self, stage: str, done: int) -> tuple[_Pace, bool]:
+        """Take note of progress; return the pace of the stage, and whether it has begun anew."""
+        pace = self.of.get(stage)
+        anew = pace is None or done < pace.last
+        if pace is None or anew:
+            pace = self.of[stage] = _Pace(time.monotonic(), done, done)
+        pace.last = done
+        return pace, anew
+
+
+@dataclass(slots=True)
 class _Bars:
     """One bar per stage, kept in the order in which the stages began."""
 
     bars: Bars
     tasks: dict[str, TaskID] = field(default_factory=dict)
-    began: dict[str, float] = field(default_factory=dict)
+    paces: _Paces = field(default_factory=_Paces)
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
+        pace, anew = self.paces.note(stage, done)
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(escape(stage), total=total, rate="")
-            self.began[stage] = time.monotonic()
-        seconds = time.monotonic() - self.began[stage]
-        self.bars.update(self.tasks[stage], completed=done, total=total, rate=_rate(done, seconds, unit))
+        elif anew:
+            self.bars.reset(self.tasks[stage])
+        self.bars.update(self.tasks[stage], completed=done, total=total, rate=pace.rate(done, unit))
 
 
 @dataclass(slots=True)
@@ -128,24 +164,19 @@ class _Lines:
     """A line on standard error every `_SPARSE_SECONDS`; work that ends sooner prints none."""
 
     last: float
-    began: dict[str, float] = field(default_factory=dict)
+    paces: _Paces = field(default_factory=_Paces)
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
+        pace, _ = self.paces.note(stage, done)
         now = time.monotonic()
-        seconds = now - self.began.setdefault(stage, now)
         if now - self.last < _SPARSE_SECONDS:
             return
         self.last = now
         share = f" {done / total:.0%}" if total else ""
-        rate = _rate(done, seconds, unit)
-        left = f", {_time(seconds * (total - done) / done)} left" if 0 < done < total and seconds > 0 else ""
-        sys.stderr.write(f"vrscope: {escape(stage)}{share}{', ' if rate else ''}{rate}{left}\n")
+        rate, left = pace.rate(done, unit), pace.left(done, total)
+        more = "".join(f", {text}" for text in (rate, f"{left} left" if left else "") if text)
+        sys.stderr.write(f"vrscope: {escape(stage)}{share}{more}\n")
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _rate(done: int, seconds: float, unit: str) -> str:
-    """Return how fast bytes are worked on; nothing for other units, whose number says little."""
-    return f"{done / seconds / 1e9:.2f} GB/s" if unit == "bytes" and seconds > 0 else ""

@@ -255,8 +255,8 @@ def method_options(command: Command) -> Command:
     )
 
 
-def text_options(command: Command) -> Command:
-    """Add the options of everything that runs a model on text."""
+def text_options(command: Command, where: str = "Where models run. Default: auto.") -> Command:
+    """Add the options of everything that runs a model on text; `where` is the help of `--device`."""
     return _apply(
         [
             click.option(
@@ -266,12 +266,16 @@ def text_options(command: Command) -> Command:
                 help="UTF-8 text to measure on. Default: a sample that ships with vrscope.",
             ),
             click.option("--tokens", type=click.IntRange(min=2), metavar="N", help="Tokens of it to use."),
-            click.option(
-                "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where models run. Default: auto."
-            ),
+            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help=where),
         ],
         command,
     )
+
+
+def analysis_options(command: Command) -> Command:
+    """Add the options of `analyze`, which may run a model on text, and statistics of weights on a GPU."""
+    where = "Where models run; cuda: weight statistics too, which auto leaves to the CPU. Default: auto."
+    return text_options(command, where)
 
 
 def calibration_options(command: Command) -> Command:

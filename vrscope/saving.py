@@ -85,7 +85,8 @@ def require_free(out: str | Path, force: bool) -> None:
 def save(report: Report, out: str | Path, html: bool = True, force: bool = False) -> list[Path]:
     """Write a report as `results.json`, one CSV per table, and the page `report.html`; return the paths.
 
-    With `force`, results of earlier work in the folder are removed first, so that none are mixed.
+    With `force`, results of earlier work in the folder are removed first, so that none are mixed. Interrupted, or where
+    the disk is full, no results are left.
 
     Raises
     ------
@@ -94,20 +95,26 @@ def save(report: Report, out: str | Path, html: bool = True, force: bool = False
     """
     folder = Path(out)
     require_free(folder, force)
+    texts = {RESULTS_FILE: to_json(report)}
+    for name, frame in report.tables.items():
+        if name != "histograms":  # lists within cells; they are in the JSON
+            texts[f"{name}.csv"] = frame.to_csv(index=False)
+    if html:
+        from vrscope.report.html import render
+
+        texts[PAGE_FILE] = render(report)
     for old in earlier_results(folder):
         if old.name != PLAN_COPY:
             old.unlink()
-    written = [folder / RESULTS_FILE]
-    write_text(written[0], to_json(report))
-    for name, frame in report.tables.items():
-        if name != "histograms":  # lists within cells; they are in the JSON
-            written.append(folder / f"{name}.csv")
-            write_text(written[-1], frame.to_csv(index=False))
-    if html:
-        from vrscope.report.html import write
-
-        written.append(folder / PAGE_FILE)
-        write(report, written[-1])
+    written: list[Path] = []
+    try:
+        for name, text in texts.items():
+            written.append(folder / name)
+            write_text(written[-1], text)
+    except BaseException:  # all of them or none, also when interrupted
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     return written
 
 
