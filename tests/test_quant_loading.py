@@ -145,15 +145,15 @@ def test_tokens_of_another_vocabulary_are_refused(llama: Checkpoint) -> None:
 
 def test_too_little_memory_is_said_before_loading(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     count = sum(info.numel for info in llama.tensors.values())
-    monkeypatch.setattr(memory, "_free_memory", lambda device: 8 * count - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 8 * count - 1)
     refused(llama, r"expected 0\.0 GB of free memory to run it in float32")
     load_model(llama, "cpu", "bfloat16")
-    monkeypatch.setattr(memory, "_free_memory", lambda device: None)
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
     load_model(llama, "cpu", "float32")
 
 
-def test_free_memory_is_known_here_and_sensible() -> None:
-    free = memory._free_memory("cpu")
+def testfree_memory_is_known_here_and_sensible() -> None:
+    free = memory.free_memory("cpu")
     assert free is not None and 10**8 < free < 10**14
 
 

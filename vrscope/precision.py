@@ -95,6 +95,7 @@ def sensitivity(
     from vrscope.fragility.journal import JOURNAL_FILE, Journal, open_journal
     from vrscope.fragility.pooling import pooled
     from vrscope.quant.loading import load_model, resolve_device
+    from vrscope.quant.memory import require_run_memory
     from vrscope.quant.spool import Spool
 
     started, cpu = time.monotonic(), time.process_time()
@@ -117,11 +118,14 @@ def sensitivity(
         Spool() as spool,
     ):
         earlier = len(journal.done)
+        require_run_memory(checkpoint, where, dtype, max(map(len, sample.windows)), compared=True)
         loaded = load_model(checkpoint, where, dtype)
         sites = find_sites(loaded, checkpoint, roles)
         linears = units.find_linears(loaded, checkpoint, roles, entry, sites)
         chosen = units.group(linears, by)
-        bench = measure.Bench.of(loaded, sample, spool, chosen)
+        bench = measure.Bench.of(
+            loaded, sample, spool, chosen, lambda: profile_activations(loaded, checkpoint, roles, sample, sites=sites)
+        )
         foreseen = measure.measure_units(bench, chosen, entry, journal, progress)
     table = measure.sensitivity_table(chosen, journal, loaded.causal)
     tables: stages.Tables = {
@@ -357,9 +361,11 @@ def _checked(
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure a choice on the model that it is for."""
+    from vrscope.activations.profile import profile_activations
     from vrscope.fragility.check import check_recipe
     from vrscope.fragility.recipe import format_of
     from vrscope.quant.loading import load_model, resolve_device
+    from vrscope.quant.memory import require_run_memory
 
     text, tokens, device, dtype = how
     checkpoint = open_checkpoint(source)
@@ -371,7 +377,12 @@ def _checked(
         raise PlanError(message)
     sample = stages.read_sample(checkpoint, text, tokens)
     where = resolve_device(device)
+    require_run_memory(checkpoint, where, dtype, max(map(len, sample.windows)), compared=True)
     loaded = load_model(checkpoint, where, dtype)
     kept = {module: which == "high" for module, which in choice.formats.items()}
-    measured = check_recipe(loaded, sample, kept, (format_of(choice.low), format_of(choice.high)), progress)
+    formats = format_of(choice.low), format_of(choice.high)
+    roles, _ = stages.read_roles(checkpoint)
+    measured = check_recipe(
+        loaded, sample, kept, formats, progress, lambda: profile_activations(loaded, checkpoint, roles, sample)
+    )
     return measured, stages.sample_facts(sample, where, dtype)

@@ -19,7 +19,7 @@ from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
 from vrscope.quant.loading import LoadedModel, load_model, release, resolve_device
-from vrscope.quant.memory import DTYPE_BYTES, require_run_memory
+from vrscope.quant.memory import require_run_memory
 from vrscope.quant.text import TextSample
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def profile_checkpoint(
         As `profile_activations`, or if the model cannot be built, or would not fit into memory with its activations.
     """
     device, dtype = resolve_device(where[0]), where[1]
-    if dtype in DTYPE_BYTES:  # load_model refuses others
-        require_run_memory(checkpoint, device, dtype, max(map(len, sample.windows)))
+    require_run_memory(checkpoint, device, dtype, max(map(len, sample.windows)))
     loaded = load_model(checkpoint, device, dtype, copies=1)
     try:
         return profile_activations(loaded, checkpoint, roles, sample, progress)

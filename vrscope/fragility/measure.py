@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -60,6 +60,13 @@ ADDITIVITY_COLUMNS: tuple[Column, ...] = (
 )
 
 
+Explain = Callable[[], object]
+
+
+def no_idea() -> None:
+    """Say nothing of where outputs began to be not finite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds of one pass over the sample: a whole run, one with every layer call replayed, and the comparison."""
@@ -84,8 +91,21 @@ class Bench:
     replay: Replay
 
     @classmethod
-    def of(cls, loaded: LoadedModel, sample: TextSample, spool: Spool, units: Sequence[Unit]) -> Bench:
+    def of(
+        cls, loaded: LoadedModel, sample: TextSample, spool: Spool, units: Sequence[Unit], explain: Explain = no_idea
+    ) -> Bench:
         """Run the reference and keep what it says.
+
+        Parameters
+        ----------
+        loaded, sample
+            The model as it is, and the text.
+        spool
+            Where the outputs are kept.
+        units
+            What will be quantized; none if each measurement is a whole run.
+        explain
+            Called if an output is not finite; may raise an error that says where that begins.
 
         Raises
         ------
@@ -96,9 +116,10 @@ class Bench:
         for window in sample.windows:
             output = replay.reference(window)
             if not bool(output.isfinite().all()):
+                explain()
                 message = (
-                    f"{loaded.name}: expected finite outputs of the unquantized model, found NaN or infinity. "
-                    "Look for the layer with `vrscope analyze`."
+                    f"{loaded.name}: expected finite outputs of the unquantized model, found NaN or infinity in the "
+                    "output alone. Look for it in the output head with `vrscope analyze --weights-only`."
                 )
                 raise ModelError(message)
             spool.append(output)

@@ -44,8 +44,15 @@ class TextSample:
         return sum(len(window) for window in self.windows)
 
 
-def load_text(path: Path | None) -> str:
+def load_text(path: Path | None, flag: str = "--text") -> str:
     """Return the text of a UTF-8 file, or of the sample that is shipped with vrscope if `path` is None.
+
+    Parameters
+    ----------
+    path
+        The file.
+    flag
+        Option that named it, for messages.
 
     Raises
     ------
@@ -55,12 +62,12 @@ def load_text(path: Path | None) -> str:
     if path is None:
         return sample_text()
     if path.is_dir():
-        message = f"{path}: expected a text file, found a folder. Name a file in it with --text."
+        message = f"{path}: expected a text file, found a folder. Name a file in it with {flag}."
         raise TextError(message)
     try:
         data = path.read_bytes()
     except OSError as error:
-        message = f"{path}: expected a readable text file ({error.strerror or error}). Check --text."
+        message = f"{path}: expected a readable text file ({error.strerror or error}). Check {flag}."
         raise TextError(message) from error
     if b"\0" in data:
         message = (
@@ -88,6 +95,7 @@ def make_sample(
     window: int = WINDOW,
     name: str = "text",
     skip: int = 0,
+    flags: tuple[str, str] = ("--text", "--tokens"),
 ) -> TextSample:
     """Cut the beginning of a text into windows of tokens for a checkpoint's model.
 
@@ -105,6 +113,8 @@ def make_sample(
         Where the text is from.
     skip
         Tokens of the text to leave out before the first.
+    flags
+        Options that named the text and the number of tokens, for messages.
 
     Raises
     ------
@@ -130,7 +140,7 @@ def make_sample(
         behind = f" behind the first {skip:,}" if skip else ""
         message = (
             f"{name}: expected text for {tokens:,} tokens{behind}, found {len(ids) + tokens - needed:,}. "
-            "Give a longer text with --text, or ask for fewer with --tokens."
+            f"Give a longer text with {flags[0]}, or ask for fewer with {flags[1]}."
         )
         raise TextError(message)
     windows = []
