@@ -152,9 +152,16 @@ def test_too_little_memory_is_said_before_loading(llama: Checkpoint, monkeypatch
     load_model(llama, "cpu", "float32")
 
 
-def testfree_memory_is_known_here_and_sensible() -> None:
+def test_free_memory_is_known_here_and_sensible() -> None:
     free = memory.free_memory("cpu")
     assert free is not None and 10**8 < free < 10**14
+
+
+def test_more_tokens_than_positions_are_one_line(tmp_path: Path) -> None:
+    loaded = load_model(tiny_checkpoint("gpt2", tmp_path), "cpu", "float32")
+    with pytest.raises(ModelError, match=r"expected positions for 65 tokens, found fewer") as refused:
+        loaded.run((5,) * 65)
+    assert "\n" not in str(refused.value)
 
 
 def test_memory_that_runs_out_while_running_is_one_line(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
-from vrscope.quant.loading import LoadedModel
+from vrscope.quant.loading import LoadedModel, limits_named
 from vrscope.quant.memory import require_calibration_memory
 from vrscope.quant.text import TextSample
 
@@ -198,7 +198,7 @@ def _one_window(
     ids = torch.tensor([window], device=loaded.device)
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
-        with torch.enable_grad(), watching(sites, on_linear):
+        with limits_named(loaded.name, len(window)), torch.enable_grad(), watching(sites, on_linear):
             if loaded.causal:
                 loss = _drawn_loss(loaded.model(**arguments, use_cache=False).logits[0].float(), generator)
             else:

@@ -14,6 +14,13 @@ from vrscope.quant.loading import is_causal, load_tokenizer, quiet_transformers
 
 TOKENS, WINDOW = 2048, 512
 MARGIN = 64  # tokens at the end of a cut text that the cut may have changed
+# Model types that number positions from the one behind the padding token's id on.
+BEHIND_PADDING = frozenset(
+    {
+        "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+        "xlm-roberta", "xlm-roberta-xl", "xmod",
+    }
+)  # fmt: skip
 MANY = 1_000_000  # tokenizers say "no limit" with a number larger than any context
 
 
@@ -194,6 +201,8 @@ def _window_sizes(tokens: int, window: int, special: int) -> list[int]:
 def _positions(checkpoint: Checkpoint, tokenizer: Any) -> int:
     """Return how many positions the model has, as far as config and tokenizer say."""
     config = checkpoint.config.get("text_config", checkpoint.config)
+    if config.get("model_type") in BEHIND_PADDING and isinstance(rows := config.get("max_position_embeddings"), int):
+        config = {**config, "max_position_embeddings": rows - int(config.get("pad_token_id") or 0) - 1}
     limits = [config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")]
     limits.append(getattr(tokenizer, "model_max_length", None))
     return min([int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < MANY], default=MANY)
