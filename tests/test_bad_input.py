@@ -130,9 +130,9 @@ def test_a_check_says_where_activations_stop_being_finite(
 @pytest.mark.parametrize(
     ("command", "free", "advice"),
     [
-        ("analyze", 4 << 20, "Use --dtype bfloat16, fewer --tokens, or a larger machine."),
-        ("sensitivity", 24 << 20, "Use --dtype bfloat16, fewer --tokens, or a larger machine."),
-        ("recipe", 24 << 20, "Use --dtype bfloat16, fewer --tokens, or a larger machine."),
+        ("analyze", 4 << 20, "Use --dtype bfloat16 if the command has it, fewer --tokens, or a larger machine."),
+        ("sensitivity", 24 << 20, "Use --dtype bfloat16 if the command has it, fewer --tokens, or a larger machine."),
+        ("recipe", 24 << 20, "Use --dtype bfloat16 if the command has it, fewer --tokens, or a larger machine."),
         ("plan", 12 << 20, "Use a larger machine, or a method without calibration"),
     ],
 )

@@ -92,7 +92,10 @@ def limits_named(name: str, tokens: int) -> Iterator[None]:
         yield
     except (MemoryError, IndexError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error):
-            message = f"{name}: not enough memory to run {tokens:,} tokens. Free some, or use --dtype bfloat16."
+            message = (
+                f"{name}: not enough memory to run {tokens:,} tokens. Free some, ask for fewer --tokens, or use "
+                "--dtype bfloat16 if the command has it."
+            )
         elif "out of range" in str(error) or "out of bounds" in str(error):
             message = (
                 f"{name}: expected positions for {tokens:,} tokens, found fewer in the model ({_one_line(error)}). "

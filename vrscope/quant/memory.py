@@ -25,7 +25,7 @@ def require_memory(checkpoint: Checkpoint, device: str, dtype: str, copies: int 
     if free is not None and needed > free:
         message = (
             f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to run it in {dtype}, found "
-            f"{free / 1e9:.1f} GB. Use --dtype bfloat16, or a larger machine."
+            f"{free / 1e9:.1f} GB. Use --dtype bfloat16 if the command has it, or a larger machine."
         )
         raise ModelError(message)
 
@@ -58,7 +58,8 @@ def require_run_memory(checkpoint: Checkpoint, device: str, dtype: str, window: 
     if free is not None and needed > free:
         message = (
             f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to run {window:,} tokens at once in "
-            f"{dtype}, found {free / 1e9:.1f} GB. Use --dtype bfloat16, fewer --tokens, or a larger machine."
+            f"{dtype}, found {free / 1e9:.1f} GB. Use --dtype bfloat16 if the command has it, fewer --tokens, or a "
+            "larger machine."
         )
         raise ModelError(message)
 
