@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/tools
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 SOURCES := vrscope tests tools $(wildcard benchmarks notebooks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format types layers readme reports bench bench-full constraints check clean
+.PHONY: help demo test test-full test-tools lint format types layers readme reports bench bench-full constraints check clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,6 +23,10 @@ test: $(VENV)/.test  ## the tests, without those that take minutes
 
 test-full: $(VENV)/.test  ## all tests
 	$(PYTEST) -n $(JOBS) --dist loadfile
+
+test-tools: $(VENV)/.tools  ## the recipes in llm-compressor and torchao, which other tests skip
+	PYTHONPATH=$(TOOLS) $(BIN)/python -c 'import llmcompressor, torchao'
+	PYTHONPATH=$(TOOLS) $(PYTEST) tests/test_fragility_targets.py -k "llm_compressor or torchao"
 
 lint: $(VENV)/.dev  ## formatting, style, and whether the README's tables are fresh
 	$(BIN)/ruff format --check $(SOURCES)
@@ -80,6 +85,13 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes some minutes"
 	$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/.installed
+
+# Without what they depend on: llmcompressor asks for older releases of transformers and compressed-tensors than ours,
+# but works with these. Outside the environment, so that nothing else sees them.
+$(VENV)/.tools: $(VENV)/.test
+	$(INSTALL) --no-deps --target $(TOOLS) --upgrade llmcompressor==0.14.0.1 torchao==0.18.0 \
+	  auto-round datasets dill loguru multiprocess nvidia-ml-py pyarrow xxhash
+	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev]'

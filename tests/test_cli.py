@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 import shlex
 import shutil
@@ -116,6 +117,15 @@ def test_help_comes_at_once() -> None:
         assert process("--help").returncode == 0
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_sleep_unless_told_otherwise_before_torch_is_loaded(own: str | None, expected: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
+    code = "import os, sys, vrscope.__main__; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = process("--version", code=code, env=environment)
+    assert done.stdout.split()[:2] == [expected, "False"]
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

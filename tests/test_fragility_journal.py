@@ -39,6 +39,18 @@ def test_each_unit_is_on_disk_before_the_next_begins(tmp_path: Path) -> None:
             assert len(path.read_text().splitlines()) == 1 + number
 
 
+def test_work_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "there", tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt), open_journal(folder / "units.jsonl", SUBJECT, resume=False):
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"] and not any((tmp_path / "there").iterdir())
+    write(tmp_path / "there" / "units.jsonl", "first")
+    with open_journal(tmp_path / "there" / "units.jsonl", SUBJECT, resume=True):
+        pass
+    assert (tmp_path / "there" / "units.jsonl").read_text().count("\n") == 2, "what was finished stays"
+
+
 @pytest.mark.parametrize("cut", range(1, 40, 3))
 def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "units.jsonl"

@@ -12,6 +12,7 @@ from quant_tiny import START, STOP, tiny_checkpoint, tiny_sample
 from scipy import special
 
 from vrscope import stages
+from vrscope.activations.capture import find_sites
 from vrscope.errors import ModelError
 from vrscope.fragility.journal import Journal
 from vrscope.fragility.measure import (
@@ -39,7 +40,8 @@ def prepared(case: str, folder: Path, scheme: str, by: str = "tensor", **kind: s
     checkpoint = tiny_checkpoint(case, folder, **kind)
     loaded, sample = load_model(checkpoint, "cpu", "float32"), tiny_sample(checkpoint)
     roles, _ = stages.read_roles(checkpoint)
-    return checkpoint, loaded, sample, group(find_linears(loaded, checkpoint, roles, get_format(scheme)), by)
+    sites = find_sites(loaded, checkpoint, roles)
+    return checkpoint, loaded, sample, group(find_linears(loaded, checkpoint, roles, get_format(scheme), sites), by)
 
 
 def measured(loaded: LoadedModel, sample: TextSample, units: list[Unit], scheme: str) -> Journal:
@@ -72,6 +74,21 @@ def test_divergence_of_equal_logits_is_zero_and_shifts_do_not_count() -> None:
     barred[:, 3] = -math.inf
     assert (divergence(barred, barred) == 0).all() and np.isfinite(divergence(barred, logits)).all()
     assert np.isinf(divergence(logits, barred)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 11, 12])
+def test_divergence_has_the_same_bits_with_any_number_of_threads_and_of_rows_beside(rows: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    reference, logits = (4 * torch.randn(40, 50_000, generator=generator) for _ in range(2))
+    whole = divergence(reference, logits)
+    assert whole.max() > 20 > whole.min(), "both ways of summing are at work"
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert (divergence(reference[:rows], logits[:rows]) == whole[:rows]).all()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_divergence_agrees_with_the_damage_of_whole_models() -> None:

@@ -9,7 +9,6 @@ import torch
 from quant_tiny import tiny_checkpoint, tiny_sample
 from tiny_models import make_model
 
-from vrscope.fragility import replay as module
 from vrscope.fragility.replay import Replay
 from vrscope.quant.formats import get_format
 from vrscope.quant.layers import quantized, quantized_weights
@@ -110,11 +109,11 @@ def test_a_layer_used_several_times_starts_at_its_first_call() -> None:
             assert torch.equal(found, loaded.run((3, 4, 5))) and not torch.equal(found, expected)
 
 
-def test_windows_beyond_the_room_are_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_beyond_the_room_are_run_whole(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint("llama", tmp_path)
     loaded, sample = load_model(checkpoint, "cpu", "float32"), tiny_sample(checkpoint)
     replay = Replay.of(loaded, quantized_weights(loaded.model))
-    monkeypatch.setattr(module, "CACHE_BYTES", 2 * 32 * 64 * 4)  # one window: 2 layers, 32 tokens, 64 channels
+    replay.room_bytes = 2 * 32 * 64 * 4  # one window: 2 layers, 32 tokens, 64 channels
     outputs = [replay.reference(window) for window in sample.windows]
     assert [tape is not None for tape in replay.tapes] == [True, False, False]
     for index, window in enumerate(sample.windows):

@@ -21,6 +21,8 @@ from vrscope.quant.formats import FORMATS
 from vrscope.quant.layers import quantized_weights
 
 KEPT = ("lm_head",)
+# llmcompressor 0.14 asks for transformers <= 5.17 and compressed-tensors 0.19; torchao complains at every import.
+ELSEWHERE = "is not installed with the other packages, which it does not fit: `make test-tools` runs this"
 
 
 def choice_for(model: Any, low: str, high: str = FULL, kept: tuple[str, ...] = KEPT, every: int = 3) -> Choice:
@@ -117,7 +119,7 @@ def test_compressed_tensors_applies_the_schemes_to_the_right_modules(low: str, h
 
 
 def test_llm_compressor_runs_the_recipe(tmp_path: Path) -> None:
-    compressor = pytest.importorskip("llmcompressor")
+    compressor = pytest.importorskip("llmcompressor", reason=f"llmcompressor {ELSEWHERE}")
     folder = tmp_path / "model"
     save_tiny("llama", folder)
     save_tokenizer(folder)
@@ -134,7 +136,7 @@ def test_llm_compressor_runs_the_recipe(tmp_path: Path) -> None:
 
 
 def test_torchao_quantizes_the_modules_that_are_named() -> None:
-    core = pytest.importorskip("torchao.core.config")
+    core = pytest.importorskip("torchao.core.config", reason=f"torchao {ELSEWHERE}")
     from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     from transformers import TorchAoConfig
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -110,6 +112,12 @@ def test_only_the_message_about_casts_is_held_back(caplog: pytest.LogCaptureFixt
         layer(torch.ones(2, 16))
     assert len(caplog.records) == 2 and "cast" in caplog.records[-1].getMessage()
     assert not logger.filters
+
+
+def test_bitsandbytes_is_imported_without_a_word() -> None:
+    code = "import torch\nfrom vrscope.quant import bnb\nprint(bnb.four_bit(torch.ones(2, 64), 'nf4').sum().item())"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("128.0\n", "")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

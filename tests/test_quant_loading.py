@@ -145,16 +145,23 @@ def test_tokens_of_another_vocabulary_are_refused(llama: Checkpoint) -> None:
 
 def test_too_little_memory_is_said_before_loading(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     count = sum(info.numel for info in llama.tensors.values())
-    monkeypatch.setattr(memory, "_free_memory", lambda device: 8 * count - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 8 * count - 1)
     refused(llama, r"expected 0\.0 GB of free memory to run it in float32")
     load_model(llama, "cpu", "bfloat16")
-    monkeypatch.setattr(memory, "_free_memory", lambda device: None)
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
     load_model(llama, "cpu", "float32")
 
 
 def test_free_memory_is_known_here_and_sensible() -> None:
-    free = memory._free_memory("cpu")
+    free = memory.free_memory("cpu")
     assert free is not None and 10**8 < free < 10**14
+
+
+def test_more_tokens_than_positions_are_one_line(tmp_path: Path) -> None:
+    loaded = load_model(tiny_checkpoint("gpt2", tmp_path), "cpu", "float32")
+    with pytest.raises(ModelError, match=r"expected positions for 65 tokens, found fewer") as refused:
+        loaded.run((5,) * 65)
+    assert "\n" not in str(refused.value)
 
 
 def test_memory_that_runs_out_while_running_is_one_line(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

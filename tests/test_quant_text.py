@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from quant_tiny import CHARACTERS, START, STOP, text, tiny_checkpoint
 
 from vrscope.checkpoint.source import Checkpoint
-from vrscope.errors import TextError
+from vrscope.errors import ModelError, TextError
+from vrscope.quant.loading import load_model
 from vrscope.quant.text import _encode_beginning, _window_sizes, load_text, make_sample
 
 
@@ -95,6 +96,19 @@ def test_an_encoder_sees_its_special_tokens_around_every_window(bert: Checkpoint
 def test_windows_shrink_to_the_positions_of_the_model(llama: Checkpoint) -> None:
     sample = make_sample(text(200), llama, 130, 512)
     assert sample.window == 64 and [len(window) for window in sample.windows] == [64, 64, 2]
+
+
+@pytest.mark.parametrize("case", ["roberta", "xlm-roberta", "camembert"])
+def test_positions_that_begin_behind_the_padding_token_are_fewer(case: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(case, tmp_path, START, STOP)
+    padding = checkpoint.config["pad_token_id"]
+    sample = make_sample(text(200), checkpoint, 130, 512)
+    assert sample.window == 64 - padding - 1
+    loaded = load_model(checkpoint, "cpu", "float32")
+    for window in sample.windows:
+        loaded.run(window)
+    with pytest.raises(ModelError, match=r"expected positions for 64 tokens, found fewer in the model .*--tokens"):
+        loaded.run((5,) * 64)
 
 
 def test_too_short_a_text_says_for_how_many_tokens_it_is_enough(llama: Checkpoint, wrapped: Checkpoint) -> None:

@@ -1,9 +1,15 @@
-"""Runs the command line as a process: `python -m vrscope` and the `vrscope` program."""
+"""Runs the command line: `python -m vrscope`, and the command `vrscope`."""
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
+
+# Idle threads of torch sleep. By default they spin, and where other programs need the cores as well, every small
+# operation then waits for the system to take the core from a spinning thread: runs take many times as long. Read when
+# torch is imported, which the commands do themselves.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main() -> int:

@@ -143,7 +143,10 @@ def run(
     check_target(checkpoint, folder / RESCALED_FOLDER, force=force)
     sample = stages.read_sample(checkpoint, text, tokens)
     own = calibration_text is not None
-    on = stages.CalibrationText(calibration_text if own else text, calibration_tokens, 0 if own else tokens, device)
+    flags = ("--calibration-text" if own else "--text", "--calibration-tokens")
+    on = stages.CalibrationText(
+        calibration_text if own else text, calibration_tokens, 0 if own else tokens, device, flags
+    )
     on.sample(checkpoint, method)
 
     tables, columns = stages.fill_activations(checkpoint, binding.roles, sample, (device, "float32"), progress)

@@ -88,11 +88,14 @@ def sensitivity(
     OutputError
         If `out` holds a journal and neither `resume` nor `force` is set, or one of other work.
     """
+    from vrscope.activations.capture import find_sites
     from vrscope.activations.profile import profile_activations
     from vrscope.activations.tables import input_table
     from vrscope.fragility import measure, units
     from vrscope.fragility.journal import JOURNAL_FILE, Journal, open_journal
+    from vrscope.fragility.pooling import pooled
     from vrscope.quant.loading import load_model, resolve_device
+    from vrscope.quant.memory import require_run_memory
     from vrscope.quant.spool import Spool
 
     started, cpu = time.monotonic(), time.process_time()
@@ -115,10 +118,14 @@ def sensitivity(
         Spool() as spool,
     ):
         earlier = len(journal.done)
+        require_run_memory(checkpoint, where, dtype, max(map(len, sample.windows)), compared=True)
         loaded = load_model(checkpoint, where, dtype)
-        linears = units.find_linears(loaded, checkpoint, roles, entry)
+        sites = find_sites(loaded, checkpoint, roles)
+        linears = units.find_linears(loaded, checkpoint, roles, entry, sites)
         chosen = units.group(linears, by)
-        bench = measure.Bench.of(loaded, sample, spool, chosen)
+        bench = measure.Bench.of(
+            loaded, sample, spool, chosen, lambda: profile_activations(loaded, checkpoint, roles, sample, sites=sites)
+        )
         foreseen = measure.measure_units(bench, chosen, entry, journal, progress)
     table = measure.sensitivity_table(chosen, journal, loaded.causal)
     tables: stages.Tables = {
@@ -132,9 +139,11 @@ def sensitivity(
         "additivity": measure.ADDITIVITY_COLUMNS,
     }
     if by == "tensor":
+        joined = {linear.tensor: linear.sources for linear in linears if linear.parts > 1}
         measured = _statistics(checkpoint, families, entry, progress)
-        measured["activations"] = input_table(profile_activations(loaded, checkpoint, roles, sample, progress))
-        _add_correlation(tables, columns, table, _joined(measured, saved))
+        profile = profile_activations(loaded, checkpoint, roles, sample, progress, sites=sites, joined=joined)
+        measured["activations"] = input_table(profile)
+        _add_correlation(tables, columns, table, pooled(_joined(measured, saved), joined))
     arguments = {"out": out, "format": format, "by": by, "text": text, "tokens": tokens, "device": device}
     arguments |= {"dtype": dtype, "statistics": statistics, "revision": revision, "families": families}
     stored = sum(info.size_bytes for info in checkpoint.tensors.values())
@@ -332,8 +341,13 @@ def _notes(model: Any, entry: Format, chosen: Sequence[Unit], by: str, calls: in
     notes = [kept_note(model, entry) or ""]
     if by != "tensor":
         notes.append("Correlations with statistics need --by tensor.")
-    elif any(not linear.stored for unit in chosen for linear in unit.linears):
-        notes.append("Weights that the checkpoint stores under other names have no statistics to correlate.")
+    elif any(not linear.sources for unit in chosen for linear in unit.linears):
+        notes.append("Weights that were not recognised in the checkpoint have no statistics to correlate.")
+    elif any(linear.parts > 1 for unit in chosen for linear in unit.linears):
+        notes.append(
+            "Weights that the model joins from several tensors have those statistics alone that follow from their "
+            "parts: no quantiles, shares of outliers, spreads or ranks."
+        )
     if not calls:
         notes.append("Every unit took a whole run: what layers return could not be replayed exactly.")
     return [note for note in notes if note]
@@ -347,9 +361,11 @@ def _checked(
     progress: Progress,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure a choice on the model that it is for."""
+    from vrscope.activations.profile import profile_activations
     from vrscope.fragility.check import check_recipe
     from vrscope.fragility.recipe import format_of
     from vrscope.quant.loading import load_model, resolve_device
+    from vrscope.quant.memory import require_run_memory
 
     text, tokens, device, dtype = how
     checkpoint = open_checkpoint(source)
@@ -361,7 +377,12 @@ def _checked(
         raise PlanError(message)
     sample = stages.read_sample(checkpoint, text, tokens)
     where = resolve_device(device)
+    require_run_memory(checkpoint, where, dtype, max(map(len, sample.windows)), compared=True)
     loaded = load_model(checkpoint, where, dtype)
     kept = {module: which == "high" for module, which in choice.formats.items()}
-    measured = check_recipe(loaded, sample, kept, (format_of(choice.low), format_of(choice.high)), progress)
+    formats = format_of(choice.low), format_of(choice.high)
+    roles, _ = stages.read_roles(checkpoint)
+    measured = check_recipe(
+        loaded, sample, kept, formats, progress, lambda: profile_activations(loaded, checkpoint, roles, sample)
+    )
     return measured, stages.sample_facts(sample, where, dtype)

@@ -99,13 +99,19 @@ def read_plan(plan: RescalePlan | str | Path) -> RescalePlan:
     return plan if isinstance(plan, RescalePlan) else RescalePlan.load(plan)
 
 
-def read_sample(checkpoint: Checkpoint, text: str | Path | None, tokens: int, skip: int = 0) -> TextSample:
-    """Return windows of tokens of a text file, or of the sample that ships with vrscope, from token `skip` on."""
+def read_sample(
+    checkpoint: Checkpoint,
+    text: str | Path | None,
+    tokens: int,
+    skip: int = 0,
+    flags: tuple[str, str] = ("--text", "--tokens"),
+) -> TextSample:
+    """Return windows of tokens of a text file, or of vrscope's sample, from token `skip` on; `flags` named both."""
     from vrscope.quant.text import load_text, make_sample
 
     path = None if text is None else Path(text)
     name = "sample text of vrscope" if path is None else path.name
-    return make_sample(load_text(path), checkpoint, tokens, name=name, skip=skip)
+    return make_sample(load_text(path, flags[0]), checkpoint, tokens, name=name, skip=skip, flags=flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,7 @@ class CalibrationText:
     tokens: int = DEFAULT_TOKENS
     skip: int = 0
     device: str = "auto"
+    flags: tuple[str, str] = ("--text", "--tokens")  # what messages call text and tokens
 
     def sample(self, checkpoint: Checkpoint, method: str) -> TextSample | None:
         """Return the text in windows of tokens; None if the method does not calibrate."""
@@ -123,7 +130,7 @@ class CalibrationText:
 
         if not get_method(method).calibrates:
             return None
-        return read_sample(checkpoint, self.text, self.tokens, self.skip)
+        return read_sample(checkpoint, self.text, self.tokens, self.skip, self.flags)
 
 
 def choose_plan(

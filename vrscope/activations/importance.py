@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.activations.capture import Site, SiteMap, find_sites, oriented, watching
+from vrscope.activations.profile import profile_activations
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
-from vrscope.quant.loading import LoadedModel
+from vrscope.quant.loading import LoadedModel, limits_named
 from vrscope.quant.memory import require_calibration_memory
 from vrscope.quant.text import TextSample
 
@@ -92,7 +93,9 @@ def calibrate(
     done = 0
     for number, window in enumerate(sample.windows):
         held = len(parts) > 1 and (number % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 or number == len(sample.windows) - 1)
-        _one_window(loaded, sites, window, (parts[held], absmax), generator)
+        if not _one_window(loaded, sites, window, (parts[held], absmax), generator):
+            profile_activations(loaded, checkpoint, roles, sample, sites=sites)  # says where that begins
+            raise ModelError(_not_finite(loaded.name, "the output"))
         parts[held].tokens += len(window)
         done += len(window)
         progress("calibrating", done, sample.tokens, "tokens")
@@ -156,8 +159,14 @@ def _one_window(
     window: tuple[int, ...],
     into: tuple[_Sums, Mapping[str, NDArray[np.float64]]],
     generator: Generator,
-) -> None:
-    """Run one window both ways and add what it tells to the sums and the largest magnitudes."""
+) -> bool:
+    """Run one window both ways and add what it tells to the sums and the largest magnitudes, if the loss is finite.
+
+    Returns
+    -------
+    bool
+        Whether it is.
+    """
     import torch
 
     part, absmax = into
@@ -189,16 +198,17 @@ def _one_window(
     ids = torch.tensor([window], device=loaded.device)
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
-        with torch.enable_grad(), watching(sites, on_linear):
+        with limits_named(loaded.name, len(window)), torch.enable_grad(), watching(sites, on_linear):
             if loaded.causal:
                 loss = _drawn_loss(loaded.model(**arguments, use_cache=False).logits[0].float(), generator)
             else:
                 loss = _projected_loss(loaded.model(**arguments).last_hidden_state[0].float(), generator)
-            if not torch.isfinite(loss):
-                raise ModelError(_not_finite(loaded.name, "the output"))
-            loss.backward()  # type: ignore[no-untyped-call]
+            finite = bool(torch.isfinite(loss))
+            if finite:
+                loss.backward()  # type: ignore[no-untyped-call]
     finally:
         handle.remove()
+    return finite
 
 
 def _drawn_loss(logits: Tensor, generator: Generator) -> Tensor:

@@ -7,8 +7,8 @@ sums are kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vrscope.activations.capture import Site, SiteMap, find_sites, watching
@@ -19,7 +19,7 @@ from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
 from vrscope.quant.loading import LoadedModel, load_model, release, resolve_device
-from vrscope.quant.memory import DTYPE_BYTES, require_run_memory
+from vrscope.quant.memory import require_run_memory
 from vrscope.quant.text import TextSample
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def profile_checkpoint(
         As `profile_activations`, or if the model cannot be built, or would not fit into memory with its activations.
     """
     device, dtype = resolve_device(where[0]), where[1]
-    if dtype in DTYPE_BYTES:  # load_model refuses others
-        require_run_memory(checkpoint, device, dtype, max(map(len, sample.windows)))
+    require_run_memory(checkpoint, device, dtype, max(map(len, sample.windows)))
     loaded = load_model(checkpoint, device, dtype, copies=1)
     try:
         return profile_activations(loaded, checkpoint, roles, sample, progress)
@@ -123,8 +122,24 @@ def profile_activations(
     roles: Mapping[str, TensorRole],
     sample: TextSample,
     progress: Progress = silent,
+    *,
+    sites: SiteMap | None = None,
+    joined: Mapping[str, Sequence[str]] | None = None,
 ) -> ActivationProfile:
     """Run a text through a model once and return the statistics of its activations.
+
+    Parameters
+    ----------
+    loaded, checkpoint, roles
+        A model, what it was made from, and the roles of what is stored.
+    sample
+        The text.
+    progress
+        Is told of the tokens.
+    sites
+        From `find_sites` of the first three, if it is known already.
+    joined
+        Further entries of `inputs`: a name, and the tensors whose inputs are taken together under it.
 
     Raises
     ------
@@ -132,7 +147,7 @@ def profile_activations(
         If an activation is NaN or infinite, with the place where that begins; if a token is not in the model's
         vocabulary, or memory runs out.
     """
-    sites = find_sites(loaded, checkpoint, roles)
+    sites = sites or find_sites(loaded, checkpoint, roles)
     collector = _Collector(loaded.name, sample)
     done = 0
     with watching(sites, collector.on_linear) as seen, watching_layers(loaded.model, collector.on_state):
@@ -142,7 +157,7 @@ def profile_activations(
                 raise _bad(loaded.name, "the model's output", number, collector.last)
             done += len(window)
             progress("activations", done, sample.tokens, "tokens")
-    return _profile(collector, sites, seen, roles)
+    return _profile(collector, sites, seen, roles, joined or {})
 
 
 class _Collector:
@@ -185,6 +200,13 @@ class _Collector:
         if not sums.add(self.window, state):
             raise _bad(self.name, f"the hidden state at layer {layer}", self.window, self.last)
 
+    def total(self, sites: Sequence[Site], channels: int) -> ChannelStatistics:
+        """Return the statistics of the inputs of several sites, together."""
+        sums = ChannelSums(channels)
+        for site in sites:
+            sums.add(self.inputs[site])
+        return sums.statistics()
+
     def _part(self, inputs: Tensor, site: Site) -> tuple[ChannelPart, Site]:
         """Return what these inputs add, and the site that saw them first: q, k and v are given the same tensor."""
         import torch
@@ -210,7 +232,11 @@ def _bad(name: str, where: str, window: int, last: str) -> ModelError:
 
 
 def _profile(
-    collector: _Collector, sites: SiteMap, seen: set[Site], roles: Mapping[str, TensorRole]
+    collector: _Collector,
+    sites: SiteMap,
+    seen: set[Site],
+    roles: Mapping[str, TensorRole],
+    joined: Mapping[str, Sequence[str]],
 ) -> ActivationProfile:
     by_tensor: dict[str, list[Site]] = {}
     for site in sites.sites:
@@ -229,11 +255,14 @@ def _profile(
         if not used and _expert(own[0], role) is None:
             unseen.append(tensor)
             continue
-        total = ChannelSums(widths[own[0]])
-        for site in used:
-            total.add(collector.inputs[site])
         leader = collector.leader[used[0]] if used else own[0]
-        inputs[tensor] = LinearInput(tensor, role, leader.tensor, total.statistics())
+        inputs[tensor] = LinearInput(tensor, role, leader.tensor, collector.total(used, widths[own[0]]))
+    for name, tensors in joined.items():
+        own = [site for tensor in tensors for site in by_tensor.get(tensor, ())]
+        used = [site for site in own if site in seen]
+        if used:
+            role = replace(roles[tensors[0]], tensor=name)
+            inputs[name] = LinearInput(name, role, name, collector.total(used, widths[own[0]]))
     return ActivationProfile(
         collector.sample.tokens,
         len(collector.sample.windows),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vrscope.errors import PlanError
-from vrscope.fragility.measure import Bench
+from vrscope.fragility.measure import Bench, Explain, no_idea
 from vrscope.progress import Progress, silent
 from vrscope.quant.formats import Format
 from vrscope.quant.layers import quantized, quantized_weights
@@ -28,6 +28,7 @@ def check_recipe(
     kept: Mapping[str, bool],
     formats: tuple[Format, Format],
     progress: Progress = silent,
+    explain: Explain = no_idea,
 ) -> pd.DataFrame:
     """Return what three models lose: all weights in the lower format, by the recipe, and all in the higher one.
 
@@ -41,6 +42,10 @@ def check_recipe(
         Module to whether the recipe keeps it in the higher format.
     formats
         The lower and the higher one.
+    progress
+        Is told of the models.
+    explain
+        As of `Bench.of`.
 
     Returns
     -------
@@ -58,7 +63,7 @@ def check_recipe(
     choices: Sequence[Mapping[str, bool]] = (dict.fromkeys(kept, False), kept, dict.fromkeys(kept, True))
     rows, first = [], None
     with Spool() as spool:
-        bench = Bench.of(loaded, sample, spool, ())
+        bench = Bench.of(loaded, sample, spool, (), explain)
         for number, choice in enumerate(choices):
             progress("measuring the recipe", number, len(choices), "models")
             with mixed(loaded, choice, formats):

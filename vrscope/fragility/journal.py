@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -35,13 +36,20 @@ class Journal:
     done: dict[str, dict[str, float]] = field(default_factory=dict)
     _file: IO[bytes] | None = None
     _header: Mapping[str, Any] | None = None  # still to be written
+    _made_folder: bool = False
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None or self.path is None:
+            return
+        self._file.close()
+        if self._header is not None:  # nothing was finished, so nothing is left
+            self.path.unlink(missing_ok=True)
+            if self._made_folder:
+                with suppress(OSError):  # something else is in it by now
+                    self.path.parent.rmdir()
 
     def add(self, unit: str, figures: Mapping[str, float]) -> None:
         """Take note of the figures of a unit; when this returns they are on the disk.
@@ -92,6 +100,7 @@ def open_journal(path: Path, subject: Mapping[str, Any], *, resume: bool, force:
     """
     header = json.loads(json.dumps({"vrscope_sensitivity": _VERSION, **subject}))
     try:
+        made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         found = path.read_bytes() if path.exists() else b""
         if found and not (resume or force):
@@ -104,7 +113,7 @@ def open_journal(path: Path, subject: Mapping[str, Any], *, resume: bool, force:
     except OSError as error:
         message = f"{path}: cannot be written ({error.strerror or error}). Choose a folder you may write to."
         raise OutputError(message) from error
-    return Journal(path, done, file, None if whole else header)
+    return Journal(path, done, file, None if whole else header, made)
 
 
 def _read(path: Path, content: bytes, header: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], int]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from vrscope.progress import Progress, silent
 from vrscope.quant.formats import Format
 from vrscope.quant.layers import quantized
 from vrscope.quant.loading import LoadedModel
-from vrscope.quant.metrics import CHUNK_ELEMENTS, Floats, compare_states
+from vrscope.quant.metrics import Floats, compare_states
 from vrscope.quant.spool import Spool
 from vrscope.quant.text import TextSample
 from vrscope.tables import Column
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+_CHUNK_ELEMENTS = 1 << 18  # outputs compared at once: their float64 copies stay in the caches
+_LARGE = 20.0  # differences of logits from which e^u - 1 - u is no more precise than e^u
 EVERYTHING = "(all at once)"  # no tensor can have this name, as module names hold no blanks
 SENSITIVITY_COLUMNS: tuple[Column, ...] = (
     Column("rank", "", "1 for the unit that does most damage when it alone is quantized."),
@@ -57,6 +60,13 @@ ADDITIVITY_COLUMNS: tuple[Column, ...] = (
 )
 
 
+Explain = Callable[[], object]
+
+
+def no_idea() -> None:
+    """Say nothing of where outputs began to be not finite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds of one pass over the sample: a whole run, one with every layer call replayed, and the comparison."""
@@ -81,8 +91,21 @@ class Bench:
     replay: Replay
 
     @classmethod
-    def of(cls, loaded: LoadedModel, sample: TextSample, spool: Spool, units: Sequence[Unit]) -> Bench:
+    def of(
+        cls, loaded: LoadedModel, sample: TextSample, spool: Spool, units: Sequence[Unit], explain: Explain = no_idea
+    ) -> Bench:
         """Run the reference and keep what it says.
+
+        Parameters
+        ----------
+        loaded, sample
+            The model as it is, and the text.
+        spool
+            Where the outputs are kept.
+        units
+            What will be quantized; none if each measurement is a whole run.
+        explain
+            Called if an output is not finite; may raise an error that says where that begins.
 
         Raises
         ------
@@ -93,9 +116,10 @@ class Bench:
         for window in sample.windows:
             output = replay.reference(window)
             if not bool(output.isfinite().all()):
+                explain()
                 message = (
-                    f"{loaded.name}: expected finite outputs of the unquantized model, found NaN or infinity. "
-                    "Look for the layer with `vrscope analyze`."
+                    f"{loaded.name}: expected finite outputs of the unquantized model, found NaN or infinity in the "
+                    "output alone. Look for it in the output head with `vrscope analyze --weights-only`."
                 )
                 raise ModelError(message)
             spool.append(output)
@@ -140,20 +164,27 @@ def divergence(reference: Tensor, logits: Tensor) -> Floats:
     """
     import torch
 
-    step = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    rows = len(logits)
+    if rows == 1:  # torch splits the sum over a single row among its threads, which changes the rounding
+        return divergence(reference.expand(2, -1), logits.expand(2, -1))[:1]
+    step = max(2, _CHUNK_ELEMENTS // logits.shape[1])
     parts = []
-    for first in range(0, len(logits), step):
-        expected, found = reference[first : first + step], logits[first : first + step]
+    for first, last in pairwise([*range(0, rows - 1, step), rows]):
+        expected, found = reference[first:last], logits[first:last]
         share = torch.softmax(expected, dim=-1).double()
         share /= share.sum(-1, keepdim=True)
+        change = found.double().sub_(expected)
         # A token of no probability adds nothing, also where both logits are -inf.
-        change = (found.double() - expected.double()).where(share != 0, 0.0)
-        mean = (share * change).sum(-1, keepdim=True)
+        change.masked_fill_(share == 0, 0.0)
+        mean = torch.mul(share, change).sum(-1, keepdim=True)
         change -= mean
         top = change.amax(-1, keepdim=True).clamp_min(0.0)
-        small = torch.log1p((share * (torch.expm1(change) - change)).sum(-1))
-        large = torch.log((share * torch.exp(change - top)).sum(-1)) + top[:, 0]  # where e^u would overflow
-        values = torch.where(top[:, 0] < 20.0, small, large).clamp_min(0.0)
+        values = torch.log1p(torch.expm1(change).sub_(change).mul_(share).sum(-1))
+        large = top[:, 0] >= _LARGE  # where e^u would overflow
+        if bool(large.any()):
+            scaled = torch.log((share * torch.exp(change - top)).sum(-1)) + top[:, 0]
+            values = values.where(~large, scaled)
+        values = values.clamp_min_(0.0)
         parts.append(values.where(~mean[:, 0].isneginf(), math.inf))  # a possible token became impossible
     divergences: Floats = torch.cat(parts).cpu().numpy()
     return divergences

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from vrscope.quant.layers import QuantizedWeight
 from vrscope.quant.loading import LoadedModel
+from vrscope.quant.memory import free_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CACHE_BYTES = 4 << 30  # of kept outputs; windows beyond that are run whole
+CACHE_BYTES, CACHE_SHARE = 4 << 30, 4  # kept outputs: at most that, and a quarter of what is free
 _PROOF_TOKENS = 32
 
 
@@ -44,16 +45,21 @@ class Replay:
         The modules whose calls are kept; none if the model has no list of layers.
     tapes
         One per window, None where the window is run whole.
+    room_bytes
+        How much may be kept; windows beyond that are run whole.
     """
 
     loaded: LoadedModel
     layers: tuple[nn.Module, ...]
     tapes: list[Tape | None] = field(default_factory=list)
+    room_bytes: int = CACHE_BYTES
 
     @classmethod
     def of(cls, loaded: LoadedModel, weights: Sequence[QuantizedWeight]) -> Replay:
         """Return a replay of the longest list of layers that holds such weights, switched off if it cannot be exact."""
         replay = cls(loaded, _find_layers(loaded.model, weights))
+        free = free_memory(loaded.device)
+        replay.room_bytes = min(CACHE_BYTES, CACHE_BYTES if free is None else free // CACHE_SHARE)
         return replay if replay.layers and replay.prove() else cls(loaded, ())
 
     @property
@@ -63,7 +69,7 @@ class Replay:
 
     def reference(self, window: tuple[int, ...]) -> Tensor:
         """Run the next window with the model as it is, and keep what the layers return."""
-        room = CACHE_BYTES - sum(tape.size_bytes for tape in self.tapes if tape)
+        room = self.room_bytes - sum(tape.size_bytes for tape in self.tapes if tape)
         tape = Tape() if self.layers and room > 0 else None
         if tape is None:
             output = self.loaded.run(window)

@@ -1,7 +1,7 @@
 """What is quantized one at a time: single linear weights of a running model, or those of one layer or one role.
 
-Weights of a running model are named as in the model; where the checkpoint stores one under the same name, or under one
-that differs by a prefix, both names are kept, so that statistics of the checkpoint can be joined.
+A weight is named as the tensor on disk that holds it, whatever the model calls it. One that the model puts together
+from several tensors, such as a stack of experts, keeps the model's name, and the tensors it is made of are known.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from vrscope.activations.capture import SiteMap
 from vrscope.arch.roles import TensorRole, roles_from_names
 from vrscope.checkpoint.source import Checkpoint, TensorInfo
 from vrscope.errors import ModelError
@@ -34,21 +35,42 @@ LINEAR_COLUMNS: tuple[Column, ...] = (
     Column("columns", "elements", "Inputs of the matrix: weights per row."),
     Column("size_bytes", "bytes", "Size in the dtype the checkpoint stores."),
     Column("stacked", "", "Whether it is a stack of experts, which is no linear module of its own."),
-    Column("stored", "", "Whether the checkpoint holds a tensor of this name."),
+    Column("stored", "", "Whether one tensor of the checkpoint, of this name, holds it."),
+    Column("parts", "tensors", "Tensors of the checkpoint that hold it: several of joined ones, 0 if not recognised."),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One weight that formats quantize: the columns of its row in the table "linears", and the weight itself."""
+    """One weight that formats quantize: the columns of its row in the table "linears", and the weight itself.
+
+    Attributes
+    ----------
+    tensor, module, role, layer, size_bytes
+        As in the table.
+    sources
+        Names on disk of the tensors that together hold it and nothing else; none if they were not recognised.
+    weight
+        The weight of the running model.
+    """
 
     tensor: str
     module: str
     role: str
     layer: int | None
     size_bytes: int
-    stored: bool
+    sources: tuple[str, ...]
     weight: QuantizedWeight
+
+    @property
+    def stored(self) -> bool:
+        """Whether one tensor on disk holds it."""
+        return len(self.sources) == 1
+
+    @property
+    def parts(self) -> int:
+        """Number of tensors on disk that hold it."""
+        return len(self.sources)
 
     @property
     def count(self) -> int:
@@ -92,9 +114,18 @@ class Unit:
 
 
 def find_linears(
-    loaded: LoadedModel, checkpoint: Checkpoint, roles: Mapping[str, TensorRole], entry: Format
+    loaded: LoadedModel, checkpoint: Checkpoint, roles: Mapping[str, TensorRole], entry: Format, sites: SiteMap
 ) -> list[Linear]:
     """Return the weights that a format quantizes and that the output depends on, in the order of the model.
+
+    Parameters
+    ----------
+    loaded, checkpoint, roles
+        A model, what it was made from, and the roles of what is stored.
+    entry
+        The format.
+    sites
+        From `find_sites` of these three.
 
     Raises
     ------
@@ -110,18 +141,19 @@ def find_linears(
             "Give another model or --format."
         )
         raise ModelError(message)
-    names = _stored_names(checkpoint, [weight.name for weight in found])
+    sources = _sources(checkpoint, sites)
     item = _item_bytes(checkpoint)
     guessed = roles_from_names(
         {w.name: TensorInfo(w.name, "F32", tuple(w.parameter.shape[-2:]), "", 0, 0) for w in found}
     )
     linears = []
     for weight in found:
-        tensor = names.get(weight.name)
-        role = roles[tensor] if tensor is not None and tensor in roles else guessed[weight.name]
-        size = checkpoint.tensors[tensor].size_bytes if tensor else weight.parameter.numel() * item
+        own = sources.get(id(weight.parameter), ())
+        tensor = own[0] if len(own) == 1 else weight.name
+        role = roles[tensor] if len(own) == 1 else guessed[weight.name]
+        size = sum(checkpoint.tensors[name].size_bytes for name in own) or weight.parameter.numel() * item
         module = weight.name.removesuffix(".weight")
-        linears.append(Linear(tensor or weight.name, module, role.role, role.layer, size, tensor is not None, weight))
+        linears.append(Linear(tensor, module, role.role, role.layer, size, own, weight))
     return linears
 
 
@@ -173,23 +205,23 @@ def _behind(name: str) -> bool:
     return name.startswith(UNUSED)
 
 
-def _stored_names(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, str]:
-    """Return the stored name of each weight of the model that has one: the same, or one prefix more or less."""
-    endings: dict[str, list[str]] = {}
-    for stored in checkpoint.tensors:
-        parts = stored.split(".")
-        for cut in range(len(parts)):
-            endings.setdefault(".".join(parts[cut:]), []).append(stored)
-    found = {}
-    for name in names:
-        if name in checkpoint.tensors:
-            found[name] = name
-            continue
-        longer = endings.get(name, [])
-        shorter = [rest for cut in range(1, 3) if (rest := ".".join(name.split(".")[cut:])) in checkpoint.tensors]
-        if len(longer) + len(shorter) == 1:
-            found[name] = (longer + shorter)[0]
-    return found
+def _sources(checkpoint: Checkpoint, sites: SiteMap) -> dict[int, tuple[str, ...]]:
+    """Return, by id of a parameter, the tensors on disk that together hold all of it and nothing besides."""
+    held: dict[int, dict[str, int]] = {}
+    sizes: dict[int, int] = {}
+    for running, own in sites.held:
+        key, (rows, columns) = id(running.parameter), running.matrix().shape
+        sizes[key] = running.parameter.numel()
+        for site in own:
+            count = len(range(*site.outputs.indices(rows))) * columns
+            parts = held.setdefault(key, {})
+            parts[site.tensor] = parts.get(site.tensor, 0) + count
+    return {
+        key: tuple(parts)
+        for key, parts in held.items()
+        if sum(parts.values()) == sizes[key]
+        and all(count == checkpoint.tensors[name].numel for name, count in parts.items())
+    }
 
 
 def _item_bytes(checkpoint: Checkpoint) -> int:

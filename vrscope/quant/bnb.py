@@ -19,6 +19,7 @@ BLOCK = 64
 SCALE_BLOCK = 256
 OUTLIER_THRESHOLD = 6.0
 CAST_LOGGER = "bitsandbytes.autograd._functions"
+CPU_LOGGER = "bitsandbytes.backends.cpu.ops"
 
 
 def four_bit(weight: Tensor, kind: Literal["nf4", "fp4"], nested: bool = False) -> Tensor:
@@ -36,10 +37,10 @@ def four_bit(weight: Tensor, kind: Literal["nf4", "fp4"], nested: bool = False) 
         Also quantize the block scales, to 8 bits in blocks of 256 ("double quantization").
     """
     import torch
-    from bitsandbytes import functional
 
     if not weight.numel():
         return weight.clone()
+    functional = _functional()
     # Flat and of even length: blocks are the same, and bitsandbytes then never takes its torch.compile path for odd
     # widths, which costs seconds per shape. A zero at the end of an incomplete block changes no scale.
     flat = weight.reshape(-1)
@@ -58,8 +59,8 @@ def requantized_scales(scales: NDArray[Any]) -> NDArray[Any]:
         float32, `(blocks,)`: the scales of one whole weight.
     """
     import torch
-    from bitsandbytes import functional
 
+    functional = _functional()
     held = torch.from_numpy(scales)
     mean = held.mean()
     codes, state = functional.quantize_blockwise(held - mean, blocksize=SCALE_BLOCK)
@@ -70,10 +71,10 @@ def requantized_scales(scales: NDArray[Any]) -> NDArray[Any]:
 def int8_rows(weight: Tensor) -> Tensor:
     """Return the float32 weight `(out, in)` as LLM.int8 stores it: cast to float16, then int8 with a scale per row."""
     import torch
-    from bitsandbytes import functional
 
     if not weight.numel():
         return weight.clone()
+    functional = _functional()
     codes, absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
     values: Tensor = functional.int8_vectorwise_dequant(codes, absmax)
     return values.float()
@@ -90,6 +91,8 @@ def int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
         `(out,)` or None.
     """
     import torch
+
+    _functional()
     from bitsandbytes import nn as bnb_nn
 
     rows, columns = weight.shape
@@ -107,13 +110,27 @@ def int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hold back, while inside, bitsandbytes' message that inputs are cast to float16, which it gives on every call."""
-    logger = logging.getLogger(CAST_LOGGER)
-    logger.addFilter(_other_than_cast)
+    with _without(CAST_LOGGER, "inputs will be cast"):
+        yield
+
+
+def _functional() -> Any:
+    """Return bitsandbytes' functions, imported without its advice to install kernels that nothing here would call."""
+    with _without(CPU_LOGGER, "kernels-community"):
+        from bitsandbytes import functional
+    return functional
+
+
+@contextmanager
+def _without(name: str, words: str) -> Iterator[None]:
+    """Hold back messages of a logger that hold these words while inside."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    logger = logging.getLogger(name)
+    logger.addFilter(other)
     try:
         yield
     finally:
-        logger.removeFilter(_other_than_cast)
-
-
-def _other_than_cast(record: logging.LogRecord) -> bool:
-    return "inputs will be cast" not in record.getMessage()
+        logger.removeFilter(other)

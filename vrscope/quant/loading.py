@@ -60,7 +60,7 @@ class LoadedModel:
         Raises
         ------
         ModelError
-            If a token is not in the model's vocabulary, or memory runs out.
+            If a token is not in the model's vocabulary, the model has too few positions, or memory runs out.
         """
         import torch
 
@@ -73,18 +73,37 @@ class LoadedModel:
             raise ModelError(message)
         ids = torch.tensor([window], device=self.device)
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        try:
-            with torch.inference_mode():
-                if self.causal:
-                    return self.model(**arguments, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
-                return self.model(**arguments).last_hidden_state[0].float()  # type: ignore[no-any-return]
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
+        with limits_named(self.name, len(window)), torch.inference_mode():
+            if self.causal:
+                return self.model(**arguments, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+            return self.model(**arguments).last_hidden_state[0].float()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def limits_named(name: str, tokens: int) -> Iterator[None]:
+    """Turn what a run of so many tokens raises for want of memory or of positions into an error that says so.
+
+    Raises
+    ------
+    ModelError
+        Then; other errors pass.
+    """
+    try:
+        yield
+    except (MemoryError, IndexError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
             message = (
-                f"{self.name}: not enough memory to run {len(window):,} tokens. Free some, or use --dtype bfloat16."
+                f"{name}: not enough memory to run {tokens:,} tokens. Free some, ask for fewer --tokens, or use "
+                "--dtype bfloat16 if the command has it."
             )
-            raise ModelError(message) from error
+        elif "out of range" in str(error) or "out of bounds" in str(error):
+            message = (
+                f"{name}: expected positions for {tokens:,} tokens, found fewer in the model ({_one_line(error)}). "
+                "Ask for fewer with --tokens, or state their number in config.json (max_position_embeddings)."
+            )
+        else:
+            raise
+        raise ModelError(message) from error
 
 
 def resolve_device(device: str) -> str:

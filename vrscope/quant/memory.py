@@ -21,29 +21,45 @@ def require_memory(checkpoint: Checkpoint, device: str, dtype: str, copies: int 
         If less memory is free than that.
     """
     needed = copies * _weight_bytes(checkpoint, dtype)
-    free = _free_memory(device)
+    free = free_memory(device)
     if free is not None and needed > free:
         message = (
             f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to run it in {dtype}, found "
-            f"{free / 1e9:.1f} GB. Use --dtype bfloat16, or a larger machine."
+            f"{free / 1e9:.1f} GB. Use --dtype bfloat16 if the command has it, or a larger machine."
         )
         raise ModelError(message)
 
 
-def require_run_memory(checkpoint: Checkpoint, device: str, dtype: str, window: int) -> None:
+def require_run_memory(checkpoint: Checkpoint, device: str, dtype: str, window: int, *, compared: bool = False) -> None:
     """Refuse to run windows of so many tokens if the model, its activations and its output would not fit.
+
+    Parameters
+    ----------
+    checkpoint, device
+        The model, and where it is to run.
+    dtype
+        "float32" or "bfloat16"; others are left to `load_model` to refuse.
+    window
+        Tokens of the longest window.
+    compared
+        Whether weights are quantized beside the original ones, and outputs compared with the original's.
 
     Raises
     ------
     ModelError
         If less memory is free than that.
     """
+    if dtype not in DTYPE_BYTES:
+        return
     needed = _weight_bytes(checkpoint, dtype) + run_bytes(checkpoint.config, window, DTYPE_BYTES[dtype])
-    free = _free_memory(device)
+    if compared:
+        needed += _weight_bytes(checkpoint, dtype) + 4 * window * _size(checkpoint.config, "vocab_size")
+    free = free_memory(device)
     if free is not None and needed > free:
         message = (
             f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to run {window:,} tokens at once in "
-            f"{dtype}, found {free / 1e9:.1f} GB. Use --dtype bfloat16, fewer --tokens, or a larger machine."
+            f"{dtype}, found {free / 1e9:.1f} GB. Use --dtype bfloat16 if the command has it, fewer --tokens, or a "
+            "larger machine."
         )
         raise ModelError(message)
 
@@ -62,7 +78,7 @@ def require_calibration_memory(checkpoint: Checkpoint, device: str, window: int)
     layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "n_layers") if name in config), 1)
     run = run_bytes(config, window, DTYPE_BYTES["float32"]) * max(1, int(layers) // 4)
     needed = 2 * _weight_bytes(checkpoint, "float32") + run
-    free = _free_memory("cpu")
+    free = free_memory("cpu")
     if free is not None and needed > free:
         message = (
             f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to calibrate on windows of {window:,} "
@@ -78,26 +94,27 @@ def run_bytes(config: Mapping[str, Any], window: int, width: int) -> int:
     inputs and outputs of one layer with the float32 copies that statistics take, and a quarter more for what the
     allocator holds back. What a configuration does not say counts nothing.
     """
-    own = config.get("text_config")
-    own = own if isinstance(own, Mapping) else config
-
-    def size(*names: str) -> int:
-        return next((own[name] for name in names if isinstance(own.get(name), int)), 0)
-
-    hidden = size("hidden_size", "n_embd", "d_model", "dim")
-    inner = size("intermediate_size", "ffn_dim", "n_inner", "hidden_dim") or 4 * hidden
-    heads = size("num_attention_heads", "n_head", "n_heads")
-    output = window * size("vocab_size") * (width + 4)
+    hidden = _size(config, "hidden_size", "n_embd", "d_model", "dim")
+    inner = _size(config, "intermediate_size", "ffn_dim", "n_inner", "hidden_dim") or 4 * hidden
+    heads = _size(config, "num_attention_heads", "n_head", "n_heads")
+    output = window * _size(config, "vocab_size") * (width + 4)
     scores = heads * window * window * (2 * width + 4)
     layer = window * (8 * hidden + 3 * inner) * (width + 8)
     return (output + scores + layer) * 5 // 4
+
+
+def _size(config: Mapping[str, Any], *names: str) -> int:
+    """Return the first of these entries that a configuration, or its part on text, has as a number, else 0."""
+    own = config.get("text_config")
+    own = own if isinstance(own, Mapping) else config
+    return next((own[name] for name in names if isinstance(own.get(name), int)), 0)
 
 
 def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     return DTYPE_BYTES[dtype] * sum(info.numel for info in checkpoint.tensors.values())
 
 
-def _free_memory(device: str) -> int | None:
+def free_memory(device: str) -> int | None:
     """Return the bytes that can still be allocated, None if the system does not tell."""
     if device == "cuda":
         import torch

@@ -20,6 +20,7 @@ from vrscope.progress import Progress, silent
 from vrscope.quant.formats import Format
 from vrscope.quant.layers import kept_note, quantized
 from vrscope.quant.loading import LoadedModel, load_model, release, resolve_device
+from vrscope.quant.memory import require_run_memory
 from vrscope.quant.metrics import (
     DAMAGE_COLUMNS,
     Floats,
@@ -121,6 +122,7 @@ def measure_model(
     first: dict[Format | None, Floats] = {}  # token by token, to compare later checkpoints with
     with Spool() as spool:
         for name, checkpoint in checkpoints.items():
+            require_run_memory(checkpoint, where, dtype, max(map(len, sample.windows)), compared=True)
             loaded = load_model(checkpoint, where, dtype)
             for entry in (None, *formats):
                 stage = f"{name}, {entry.name if entry else 'not quantized'}"

@@ -14,6 +14,13 @@ from vrscope.quant.loading import is_causal, load_tokenizer, quiet_transformers
 
 TOKENS, WINDOW = 2048, 512
 MARGIN = 64  # tokens at the end of a cut text that the cut may have changed
+# Model types that number positions from the one behind the padding token's id on.
+BEHIND_PADDING = frozenset(
+    {
+        "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+        "xlm-roberta", "xlm-roberta-xl", "xmod",
+    }
+)  # fmt: skip
 MANY = 1_000_000  # tokenizers say "no limit" with a number larger than any context
 
 
@@ -44,8 +51,15 @@ class TextSample:
         return sum(len(window) for window in self.windows)
 
 
-def load_text(path: Path | None) -> str:
+def load_text(path: Path | None, flag: str = "--text") -> str:
     """Return the text of a UTF-8 file, or of the sample that is shipped with vrscope if `path` is None.
+
+    Parameters
+    ----------
+    path
+        The file.
+    flag
+        Option that named it, for messages.
 
     Raises
     ------
@@ -55,12 +69,12 @@ def load_text(path: Path | None) -> str:
     if path is None:
         return sample_text()
     if path.is_dir():
-        message = f"{path}: expected a text file, found a folder. Name a file in it with --text."
+        message = f"{path}: expected a text file, found a folder. Name a file in it with {flag}."
         raise TextError(message)
     try:
         data = path.read_bytes()
     except OSError as error:
-        message = f"{path}: expected a readable text file ({error.strerror or error}). Check --text."
+        message = f"{path}: expected a readable text file ({error.strerror or error}). Check {flag}."
         raise TextError(message) from error
     if b"\0" in data:
         message = (
@@ -88,6 +102,7 @@ def make_sample(
     window: int = WINDOW,
     name: str = "text",
     skip: int = 0,
+    flags: tuple[str, str] = ("--text", "--tokens"),
 ) -> TextSample:
     """Cut the beginning of a text into windows of tokens for a checkpoint's model.
 
@@ -105,6 +120,8 @@ def make_sample(
         Where the text is from.
     skip
         Tokens of the text to leave out before the first.
+    flags
+        Options that named the text and the number of tokens, for messages.
 
     Raises
     ------
@@ -130,7 +147,7 @@ def make_sample(
         behind = f" behind the first {skip:,}" if skip else ""
         message = (
             f"{name}: expected text for {tokens:,} tokens{behind}, found {len(ids) + tokens - needed:,}. "
-            "Give a longer text with --text, or ask for fewer with --tokens."
+            f"Give a longer text with {flags[0]}, or ask for fewer with {flags[1]}."
         )
         raise TextError(message)
     windows = []
@@ -184,6 +201,8 @@ def _window_sizes(tokens: int, window: int, special: int) -> list[int]:
 def _positions(checkpoint: Checkpoint, tokenizer: Any) -> int:
     """Return how many positions the model has, as far as config and tokenizer say."""
     config = checkpoint.config.get("text_config", checkpoint.config)
+    if config.get("model_type") in BEHIND_PADDING and isinstance(rows := config.get("max_position_embeddings"), int):
+        config = {**config, "max_position_embeddings": rows - int(config.get("pad_token_id") or 0) - 1}
     limits = [config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")]
     limits.append(getattr(tokenizer, "model_max_length", None))
     return min([int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < MANY], default=MANY)
