@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m vrscope`, and the command `vrscope`."""
+"""Runs the command line as a process: `python -m vrscope` and the `vrscope` program."""
 
 from __future__ import annotations
 
