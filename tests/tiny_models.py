@@ -303,13 +303,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def make_model(case: str, seed: int = 0) -> Any:
-    """Return a model in float32 whose gains and biases are perturbed, so that no rule can pass by symmetry."""
+def make_model(case: str, seed: int = 0, **changes: Any) -> Any:
+    """Return a model in float32 whose gains and biases are perturbed, so that no rule can pass by symmetry.
+
+    `changes` go over the case's configuration.
+    """
     import transformers
 
     config_name, arguments, model_name = MODELS[case]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_name)(**arguments)
+    config = getattr(transformers, config_name)(**arguments | changes)
     config._attn_implementation = "eager"
     model = getattr(transformers, model_name)(config).eval()
     with torch.no_grad():
