@@ -177,7 +177,10 @@ def test_llm_int8_leaves_stacked_experts_alone_and_says_so() -> None:
 def test_logits_equal_those_of_transformers_with_bitsandbytes(
     case: str, width: str, name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Rows are whole numbers of blocks: of others, bitsandbytes 0.50 loses track on processors with AVX-512."""
+    """On processors with AVX-512, bitsandbytes 0.50 goes other ways, which are left out here.
+
+    It loses track of blocks where a row is no whole number of them, and multiplies in bfloat16.
+    """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -196,6 +199,7 @@ def test_logits_equal_those_of_transformers_with_bitsandbytes(
     assert {f"{path}.weight" for path in layers} == {weight.name for weight in quantized_weights(model)}
     for path, layer in layers.items():
         if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
             stored = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             assert torch.equal(stored, entry.roundtrip(model.get_submodule(path).weight.data))
     with bnb.quiet():
