@@ -128,3 +128,10 @@ def test_layers_share_their_index_arrays(tmp_path: Path) -> None:
 def test_exponents_that_outgrow_their_type_add_up() -> None:
     half = RescalePlan("llama", "none", {}, "pow2", {"s": np.full(3, 20_000, EXPONENT)}, "")
     assert half.then(half).spaces["s"].tolist() == [40_000] * 3
+
+
+@pytest.mark.parametrize("exponent", [-32_768, 32_768])
+def test_exponents_that_do_not_fit_are_kept_as_they_are(exponent: int) -> None:
+    plan = RescalePlan("llama", "none", {}, "pow2", {"s": np.array([exponent]), "t": np.array([-32_767])}, "")
+    assert plan.spaces["s"].tolist() == [exponent] and plan.inverse().spaces["s"].tolist() == [-exponent]
+    assert plan.spaces["t"].dtype == EXPONENT and plan.inverse().spaces["t"].tolist() == [32_767]

@@ -26,7 +26,7 @@ PLAN_VERSION = 2  # with negative scales, which a reader of version 1 would pass
 POW2, FREE = "pow2", "free"
 BIT_EQUAL, ROUNDED, UP_TO_EPS = "bit-equal", "equal up to rounding", "equal up to eps"
 NOT_EQUIVALENT = "not equivalent"
-EXPONENT = np.int16  # in memory: a plan has one per scale of the checkpoint; sums and products are taken in int64
+EXPONENT = np.int16  # a plan has one per scale of the checkpoint; sums and products are taken in int64
 _LARGEST = 1000  # magnitude of an exponent
 _RUN = re.compile(r"(-?\d+)(?:x(\d+))?")
 
@@ -44,7 +44,8 @@ class RescalePlan:
     scales
         "pow2": `spaces` holds integer exponents k, the scale is 2**k. "free": it holds the real factors themselves.
     spaces
-        Space name to an array of shape `(size,)`; a space that is not listed is left alone.
+        Space name to an array of shape `(size,)`; a space that is not listed is left alone. Exponents become int16 if
+        they fit.
     negative
         Those of `spaces` of which some scales are negative, each with a bool array of shape `(size,)`: true where the
         scale is minus what `spaces` says.
@@ -73,6 +74,10 @@ class RescalePlan:
     approximate: Mapping[str, float] = field(default_factory=dict)
     gains: tuple[Mapping[str, Any], ...] = ()
     negative: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scales == POW2:
+            object.__setattr__(self, "spaces", {name: _narrow(values) for name, values in self.spaces.items()})
 
     @property
     def equivalent(self) -> str:
@@ -272,6 +277,15 @@ class RescalePlan:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             message = f"{where}: not a vrscope plan ({type(error).__name__}: {error}). Make one with `vrscope plan`."
             raise PlanError(message) from error
+
+
+def _narrow(exponents: NDArray[Any]) -> NDArray[Any]:
+    """Return whole exponents in two bytes each if they fit."""
+    if exponents.dtype == EXPONENT or exponents.dtype.kind != "i":
+        return exponents
+    limits = np.iinfo(EXPONENT)
+    fit = limits.min < exponents.min(initial=0) and exponents.max(initial=0) <= limits.max  # also when negated
+    return exponents.astype(EXPONENT) if fit else exponents
 
 
 def _encode(values: NDArray[Any], scales: str) -> str | list[float]:
