@@ -36,7 +36,7 @@ def limited(binding):
 
 
 def planned(folder, **options):
-    """Return checkpoint, binding, plan and profile of random scales on the approximate spaces alone."""
+    """Return checkpoint, binding, plan and surveys of random scales on the approximate spaces alone."""
     checkpoint = open_checkpoint(folder)
     binding = limited(bind(checkpoint, approximate=True))
     settings = MethodOptions(approximate=True, **options)
@@ -68,7 +68,7 @@ def distance(first, second):
 def test_growing_is_exact_without_eps_and_within_reach_of_it_with_eps(case, tmp_path):
     """Real factors of 1 to 4 on every approximate space, in float64: algebra first, then what the shipped eps does."""
     folder = save_tiny(case, tmp_path / "model", torch.float64)
-    checkpoint, binding, plan, profile = planned(folder, scales="free")
+    checkpoint, binding, plan, surveys = planned(folder, scales="free")
     names = [space.name for space in (*bind(checkpoint).spaces, *binding.spaces)]
     assert sorted(names) == sorted({space.name for space in bind(checkpoint, approximate=True).spaces})
     apply_plan(checkpoint, binding, plan, tmp_path / "out", force=False, progress=silent)
@@ -79,7 +79,7 @@ def test_growing_is_exact_without_eps_and_within_reach_of_it_with_eps(case, tmp_
         remove_eps(model)
     assert distance(*map(run, models)) < 1e-12
     # A norm's output moves by at most its bound; what follows amplifies that, most where scores are not divided (T5).
-    assert shipped < 100 * describe_bounds(binding, plan, profile)["bound"].sum() + 1e-13
+    assert shipped < 100 * describe_bounds(binding, plan, surveys.before.mean_squares)["bound"].sum() + 1e-13
     assert shipped < 2e-3
 
 
@@ -288,7 +288,8 @@ def test_tvr_comes_nearer_with_more_to_scale(tmp_path):
     for approximate in (False, True):
         binding = bind(checkpoint, approximate=approximate)
         options = MethodOptions(scales="free", target_std=0.5, approximate=approximate)
-        plan, profile = make_plan(checkpoint, binding, "tvr", options, Serial(), silent)
+        plan, _ = make_plan(checkpoint, binding, "tvr", options, Serial(), silent)
+        profile = profile_weights(checkpoint, binding, Serial(), silent)
         system = tvr_system(Situation(binding, profile, options))
         ranks.append(np.linalg.matrix_rank(system.matrix))
         chosen = [np.log2(plan.spaces.get(space.name, np.ones(1)))[0] for space in binding.spaces]
@@ -302,7 +303,7 @@ def test_tvr_comes_nearer_with_more_to_scale(tmp_path):
 def test_the_bound_holds_for_every_token_and_is_no_larger_than_it_must_be(tmp_path):
     """The first norm of a llama, whose input is an embedding: its output's change against eps/2 |1/(s^2 m) - 1/m|."""
     folder = save_tiny("llama", tmp_path / "model", torch.float64)
-    _, binding, _, profile = planned(folder)
+    _, binding, _, surveys = planned(folder)
     (space,) = binding.spaces
     eps, table = 1e-3, load(folder, "llama").model.embed_tokens.weight.detach()
     for exponent in (-3, -1, 1, 6):
@@ -311,7 +312,7 @@ def test_the_bound_holds_for_every_token_and_is_no_larger_than_it_must_be(tmp_pa
         change = (after - before).norm(dim=1) / before.norm(dim=1)
         bound = eps / 2 * (1 / (scale**2 * m) - 1 / m).abs()
         assert bool((change <= bound).all()) and float((change / bound).min()) > 0.2
-    assert mean_squares(space, binding, profile)[0] == pytest.approx(float(m.mean()), rel=1e-6)
+    assert surveys.before.mean_squares[space.name][0] == pytest.approx(float(m.mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ def test_profiles_do_not_depend_on_threads_and_match_numpy(llama):
 def test_profile_with_scales_is_the_profile_of_the_rescaled(llama):
     checkpoint = open_checkpoint(llama)
     binding = bind(checkpoint)
-    plan, before = make_plan(checkpoint, binding, "wisca", MethodOptions(limit=12), Serial(), silent)
+    plan, _ = make_plan(checkpoint, binding, "wisca", MethodOptions(limit=12), Serial(), silent)
+    before = profile_weights(checkpoint, binding, Serial(), silent)
     after = profile_weights(checkpoint, binding, Serial(), silent, tensor_scales(binding, plan))
     for space in binding.spaces:
         if space.rule == "v.o":

@@ -82,7 +82,8 @@ def test_what_follows_from_the_sums_before_is_what_reading_gives(
 ) -> None:
     checkpoint = open_checkpoint(llama)
     binding = bind(checkpoint)
-    plan, before = make_plan(checkpoint, binding, method, MethodOptions(), Serial(), silent)
+    plan, _ = make_plan(checkpoint, binding, method, MethodOptions(), Serial(), silent)
+    before = profile_weights(checkpoint, binding, Serial(), silent)
     assert any(values.any() for values in plan.spaces.values())
     scales = tensor_scales(binding, plan)
     visits.clear()

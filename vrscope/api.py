@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vrscope.quant.formats import Format
     from vrscope.rescale.methods import MethodOptions
     from vrscope.rescale.plan import RescalePlan
-    from vrscope.rescale.profile import Profile
+    from vrscope.rescale.survey import Surveys
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -126,8 +126,10 @@ def plan_and_describe(
     """
     started, entries = time.monotonic(), stages.read_formats(formats)
     on = stages.CalibrationText(text, tokens, device=device)
-    checkpoint, binding, chosen, before = _choose(model, method, options, on, revision, families, progress, overrides)
-    return chosen, _describe(started, (checkpoint, binding), chosen, before, entries, progress)
+    checkpoint, binding, chosen, surveys = _choose(
+        model, method, options, on, revision, families, progress, overrides, described=True
+    )
+    return chosen, _describe(started, (checkpoint, binding), chosen, surveys, entries)
 
 
 def _choose(
@@ -139,11 +141,13 @@ def _choose(
     families: Source | None,
     progress: Progress,
     overrides: Mapping[str, Any],
-) -> tuple[Checkpoint, Binding, RescalePlan, Profile]:
+    *,
+    described: bool = False,
+) -> tuple[Checkpoint, Binding, RescalePlan, Surveys]:
     checkpoint = open_checkpoint(model, revision)
     chosen = stages.read_options(overrides, options)
     binding = stages.bind_checkpoint(checkpoint, families, chosen.approximate)
-    return checkpoint, binding, *stages.choose_plan(checkpoint, binding, method, chosen, on, progress)
+    return checkpoint, binding, *stages.choose_plan(checkpoint, binding, method, chosen, on, progress, described)
 
 
 def describe(
@@ -167,32 +171,26 @@ def describe(
     PlanError
         If the plan is not for this checkpoint.
     """
-    from vrscope.rescale.profile import profile_weights
     from vrscope.rescale.scaling import check_plan
+    from vrscope.rescale.survey import survey_plan
 
     started = time.monotonic()
     checkpoint = open_checkpoint(model, revision)
     binding = stages.bind_checkpoint(checkpoint, families, plan.approximate)
     check_plan(plan, binding, checkpoint.fingerprint(), checkpoint.name)
-    before = profile_weights(checkpoint, binding, default_executor(), progress)
-    return _describe(started, (checkpoint, binding), plan, before, stages.read_formats(formats), progress)
+    surveys = survey_plan(checkpoint, binding, plan, default_executor(), progress)
+    return _describe(started, (checkpoint, binding), plan, surveys, stages.read_formats(formats))
 
 
 def _describe(
     started: float,
     bound: tuple[Checkpoint, Binding],
     plan: RescalePlan,
-    before: Profile,
+    surveys: Surveys,
     formats: Sequence[Format],
-    progress: Progress,
 ) -> Report:
-    from vrscope.rescale.profile import rescaled_profile
-    from vrscope.rescale.scaling import tensor_scales
-
     checkpoint, binding = bound
-    scales = tensor_scales(binding, plan)
-    after = rescaled_profile(checkpoint, binding, before, scales, default_executor(), progress)
-    tables, columns = stages.fill_plan(checkpoint, binding, plan, (before, after), formats)
+    tables, columns = stages.fill_plan(checkpoint, binding, plan, surveys, formats)
     facts = provenance(
         time.monotonic() - started,
         model=checkpoint.name,

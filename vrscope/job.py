@@ -130,7 +130,7 @@ def run(
     from vrscope.rescale.apply import apply_plan
     from vrscope.rescale.methods import get_method
     from vrscope.rescale.planning import require_approximate
-    from vrscope.rescale.profile import profile_weights
+    from vrscope.rescale.survey import Surveys, survey_weights
     from vrscope.stats.measure import StatOptions
 
     started = time.monotonic()
@@ -155,7 +155,7 @@ def run(
     )
     tables |= more
     columns |= described
-    chosen, before = stages.choose_plan(checkpoint, binding, method, options, on, progress)
+    chosen, surveys = stages.choose_plan(checkpoint, binding, method, options, on, progress)
     rows = [proof.weight_proof(checkpoint, chosen)]
 
     def accept(copy: Checkpoint) -> None:
@@ -166,10 +166,10 @@ def run(
     target = folder / RESCALED_FOLDER
     done = apply_plan(checkpoint, binding, chosen, target, force=force, progress=progress, accept=accept)
     rescaled = open_checkpoint(target)
-    after = profile_weights(rescaled, binding, default_executor(), progress)
+    after = survey_weights(rescaled, binding, default_executor(), progress)
     both = {ORIGINAL: checkpoint, RESCALED: rescaled}
     for more, described in (
-        stages.fill_plan(checkpoint, binding, done, (before, after), entries),
+        stages.fill_plan(checkpoint, binding, done, Surveys(surveys.before, after), entries),
         proof.fill_proof(rows),
         stages.fill_layer_error(both, binding.roles, entries, sample, device, progress),
         stages.fill_damage(both, entries, sample, (device, "float32"), progress),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vrscope.quant.text import TextSample
     from vrscope.rescale.methods import MethodOptions
     from vrscope.rescale.plan import RescalePlan
-    from vrscope.rescale.profile import Profile
+    from vrscope.rescale.survey import Surveys
     from vrscope.stats.measure import StatOptions
 
 Tables = dict[str, "pd.DataFrame"]
@@ -140,8 +140,12 @@ def choose_plan(
     options: MethodOptions,
     on: CalibrationText,
     progress: Progress,
-) -> tuple[RescalePlan, Profile]:
-    """Return the plan a method makes and the weight profile it saw; a method that calibrates is given what it needs."""
+    described: bool = False,
+) -> tuple[RescalePlan, Surveys]:
+    """Return the plan a method makes and what the weights are like, as they are and, if `described`, with the plan.
+
+    A method that calibrates is given what it needs.
+    """
     from vrscope.rescale.methods import get_method
     from vrscope.rescale.planning import make_plan, require_approximate
 
@@ -150,7 +154,7 @@ def choose_plan(
     calibration = None
     if sample is not None:
         calibration = _calibrate(checkpoint, binding, sample, on.device, progress)
-    return make_plan(checkpoint, binding, method, options, default_executor(), progress, calibration)
+    return make_plan(checkpoint, binding, method, options, default_executor(), progress, calibration, described)
 
 
 def _calibrate(
@@ -264,7 +268,7 @@ def fill_plan(
     checkpoint: Checkpoint,
     binding: Binding,
     plan: RescalePlan,
-    profiles: tuple[Profile, Profile],
+    surveys: Surveys,
     formats: Sequence[Format],
 ) -> Filled:
     """Return the tables "spaces", "matrices", "unreachable", "reach" and "exponents" of a plan.
@@ -276,8 +280,8 @@ def fill_plan(
     from vrscope.rescale.reach import REACH_COLUMNS, reach
 
     tables = {
-        "spaces": describe.describe_spaces(checkpoint, binding, plan, profiles, formats),
-        "matrices": describe.describe_matrices(binding, plan, profiles),
+        "spaces": describe.describe_spaces(checkpoint, binding, plan, surveys, formats),
+        "matrices": describe.describe_matrices(binding, plan, surveys),
         "unreachable": describe.describe_unreachable(binding, plan.scales),
         "reach": reach(checkpoint, binding, plan, formats),
         "exponents": gains.exponent_table(binding, plan),
@@ -292,7 +296,7 @@ def fill_plan(
     if plan.gains:
         tables["gains"], columns["gains"] = gains.gain_table(plan.gains), gains.GAIN_COLUMNS
     if plan.approximate:
-        tables["approximate"] = describe_bounds(binding, plan, profiles[0])
+        tables["approximate"] = describe_bounds(binding, plan, surveys.before.mean_squares)
         columns["approximate"] = BOUND_COLUMNS
     return tables, columns
 

@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrscope.arch.flow import RESIDUAL, TOP
 from vrscope.arch.graph import Edge, Graph, Node, config_value
 from vrscope.arch.layout import Leaf, leaves
-from vrscope.arch.spaces import OUTPUT, USED, Limit, Side, Space, block_ends, index_uses, make_space
+from vrscope.arch.spaces import OUTPUT, USED, Limit, Side, Space, Term, block_ends, index_uses, make_space
 from vrscope.arch.ties import Ties, head_inputs, tie_operations
 
 ABSORB, RESIDUAL_RULE = "absorb", "residual"
@@ -162,10 +163,15 @@ def _space(
         size=int(np.prod(shape, dtype=np.int64)),
         shape=shape,
         axes=tuple(full.axes[at] for at in keep),
-        terms=tuple(replace(term, index=index[term.index]) for term in full.terms),
+        terms=tuple(replace(term, index=_merged(graph, index, term)) for term in full.terms),
         limit=Limit(eps, max(members[name] for name in absorbing), inputs, frozenset(one_plus)),
         signed=False,  # a norm takes a scale away but not its sign
     )
+
+
+def _merged(graph: Graph, numbers: NDArray[np.int32], term: Term) -> NDArray[np.int32]:
+    """Return the index of a term whose scales get other numbers; -1 is the last of these."""
+    return graph.shared(numbers[term.index.reshape(-1)]).reshape(term.index.shape)
 
 
 def _inputs(graph: Graph, writers: set[str]) -> tuple[dict[str, tuple[str, ...]], set[str]]:

@@ -218,4 +218,4 @@ def _splits(graph: Graph, node: Node, layout: Layout | None, side: str) -> Itera
         places = graph.places(node, layout)[space]
         index[places] = np.arange(count).reshape(*places.shape[:-1], 1)
         grouped = "r" not in axes and "h" not in axes and sizes.get("r", 1) > 1
-        yield HeadSplit(space.rsplit(":", 1)[-1], "kv group" if grouped else "head", count, dim, index)
+        yield HeadSplit(space.rsplit(":", 1)[-1], "kv group" if grouped else "head", count, dim, graph.shared(index))

@@ -10,8 +10,8 @@ import math
 import re
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from vrscope.checkpoint.source import TensorInfo
 from vrscope.errors import FamilyError
 
 Scope = tuple[str, int | None]  # stack name and layer
+Index = TypeVar("Index", bound=np.signedinteger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,13 @@ class Graph:
     kinds: Mapping[str, str]
     sizes: Mapping[Scope, Mapping[str, int]]
     paths: Mapping[Scope, str]
+    _arrays: dict[tuple[str, bytes], NDArray[np.signedinteger]] = field(default_factory=dict, repr=False, compare=False)
+
+    def shared(self, array: NDArray[Index]) -> NDArray[Index]:
+        """Return a vector, read-only, that is one and the same for all that are equal: layers repeat each other."""
+        array.setflags(write=False)
+        found: Any = self._arrays.setdefault((array.dtype.str, array.tobytes()), array)
+        return found  # type: ignore[no-any-return]
 
     def places(self, node: Node, side: Layout) -> dict[str, NDArray[np.int64]]:
         """Return where the elements of every space of one side of a node lie in its dimension."""

@@ -310,7 +310,7 @@ def _terms(graph: Graph, node: Node, use: tuple[str, str, int], ids: NDArray[np.
         flat = np.full([*(node.weight.shape[at] for at in batch), count], -1, np.int64)
         lead = np.indices(places.shape)[: len(batch)] if batch else ()
         flat[(*lead, places)] = ids
-    index = flat.astype(np.int32)  # kept for every channel of the checkpoint
+    index = graph.shared(flat.reshape(-1).astype(np.int32))  # kept for every channel of the checkpoint
     kept = {*batch, *(at for at, what in enumerate(node.line.dims) if what == along)}
     view = [size if at in kept else 1 for at, size in enumerate(node.weight.shape)]
     terms = [Term(node.weight.name, index.reshape(view), power, node.line.gain if side == "out" else "w")]

@@ -99,7 +99,7 @@ def cle(situation: Ranges) -> Exponents:
         log2 of the scale, by space.
     """
     chosen = {}
-    for space in _channels(situation.spaces):
+    for space in filter(consecutive, situation.spaces):
         writers, readers = (shared_max(space, sign, _weight_range(situation.profile)) for sign in (1, -1))
         if writers is not None and readers is not None:
             degree = power_of(space, 1) + power_of(space, -1)
@@ -139,7 +139,7 @@ def smoothquant(situation: Calibrated) -> Exponents:
         raise PlanError(message)
     weights, inputs = _weight_range(situation.profile), _input_range(situation.binding, situation.profile, calibration)
     chosen = {}
-    for space in _channels(situation.spaces):
+    for space in filter(consecutive, situation.spaces):
         seen = shared_max(space, -1, inputs)
         held = shared_max(space, -1, lambda term: None if inputs(term) is None else weights(term))
         if seen is not None and held is not None:
@@ -180,9 +180,9 @@ def power_of(space: Space, sign: int) -> int:
     return max((abs(term.power) for term in space.terms if np.sign(term.power) == sign), default=1)
 
 
-def _channels(spaces: tuple[Space, ...]) -> list[Space]:
-    """Return the spaces between layers that follow each other."""
-    return [space for space in spaces if space.rule not in NOT_CONSECUTIVE and space.limit is None]
+def consecutive(space: Space) -> bool:
+    """Return whether a space lies between layers that follow each other, and any scale of it is exact."""
+    return space.rule not in NOT_CONSECUTIVE and space.limit is None
 
 
 def _weight_range(profile: Profile) -> Callable[[Term], Floats | None]:

@@ -10,6 +10,7 @@ its own mean square, and a matrix the mean of its squared rows times the mean sq
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,8 +90,11 @@ def bound(space: Space, exponents: NDArray[np.float64], squares: NDArray[np.floa
     return float(np.max(change, initial=0.0))
 
 
-def describe_bounds(binding: Binding, plan: RescalePlan, before: Profile) -> pd.DataFrame:
-    """Return the table "approximate": every approximate space of a plan with its bound; no rows for an exact plan."""
+def describe_bounds(binding: Binding, plan: RescalePlan, estimated: Mapping[str, NDArray[np.float64]]) -> pd.DataFrame:
+    """Return the table "approximate": every approximate space of a plan with its bound; no rows for an exact plan.
+
+    `estimated` holds what `mean_squares` returns, by space.
+    """
     import pandas as pd
 
     rows = []
@@ -99,7 +103,7 @@ def describe_bounds(binding: Binding, plan: RescalePlan, before: Profile) -> pd.
         if space.limit is None or values is None or not values.size:
             continue
         exponents = values.astype(np.float64) if plan.scales == POW2 else np.log2(values)
-        squares = mean_squares(space, binding, before)
+        squares = estimated[space.name]
         changed = int(np.count_nonzero(exponents))
         ends = (float(exponents.min()), float(exponents.max()))
         measured = (space.limit.eps, float(squares.min()), bound(space, exponents, squares))

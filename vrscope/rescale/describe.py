@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
-from vrscope.arch.spaces import Space
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import PlanError
 from vrscope.quant.formats import Format
 from vrscope.rescale.methods import MethodOptions, target_std, usable_spaces
 from vrscope.rescale.plan import NOT_EQUIVALENT, POW2, RescalePlan
-from vrscope.rescale.profile import Profile, balanced, side_sizes
 from vrscope.rescale.reach import reach_of_spaces
+from vrscope.rescale.survey import Surveys
 from vrscope.tables import Column
 
 if TYPE_CHECKING:
@@ -60,10 +59,10 @@ def describe_spaces(
     checkpoint: Checkpoint,
     binding: Binding,
     plan: RescalePlan,
-    profiles: tuple[Profile, Profile],
+    surveys: Surveys,
     formats: Sequence[Format],
 ) -> pd.DataFrame:
-    """Return the table "spaces", from the weight profiles before and after the plan."""
+    """Return the table "spaces", from the weights before and after the plan."""
     import pandas as pd
 
     felt = reach_of_spaces(checkpoint, binding, plan, formats) if plan.equivalent != NOT_EQUIVALENT else {}
@@ -72,7 +71,7 @@ def describe_spaces(
         values = plan.spaces.get(space.name, np.zeros(space.size) if plan.scales == POW2 else np.ones(space.size))
         exponents = values if plan.scales == POW2 else np.log2(values)
         moved = plan.moved(space.name) if space.name in plan.spaces else np.zeros(space.size, np.bool_)
-        before, after = (_imbalance(space, profile) for profile in profiles)
+        before, after = (survey.imbalances.get(space.name, float("nan")) for survey in surveys)
         names = felt.get(space.name, ())
         rows.append(
             {
@@ -101,16 +100,7 @@ def _range(exponents: NDArray[Any]) -> dict[str, float]:
     }
 
 
-def _imbalance(space: Space, profile: Profile) -> float:
-    """Return the geometric mean over channels of the larger side's norm over the smaller; NaN where a side has none."""
-    if not balanced(space):
-        return float("nan")
-    writers, readers = side_sizes(space, profile, "frobenius")
-    used = (writers > 0) & (readers > 0)
-    return float(np.exp(np.abs(np.log(writers[used] / readers[used])).mean())) if used.any() else float("nan")
-
-
-def describe_matrices(binding: Binding, plan: RescalePlan, profiles: tuple[Profile, Profile]) -> pd.DataFrame:
+def describe_matrices(binding: Binding, plan: RescalePlan, surveys: Surveys) -> pd.DataFrame:
     """Return the table "matrices": the std of every linear weight in the layers, before, after, and its target."""
     import pandas as pd
 
@@ -124,7 +114,7 @@ def describe_matrices(binding: Binding, plan: RescalePlan, profiles: tuple[Profi
     for name, role in binding.roles.items():
         if role.kind != LINEAR or role.layer is None:
             continue
-        before, after = (profile.std(name) for profile in profiles)
+        before, after = (survey.stds[name] for survey in surveys)
         target = float(target_std(options, role.layer)) if "target_std" in plan.settings else float("nan")
         rows.append(
             {

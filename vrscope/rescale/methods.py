@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from vrscope.activations.importance import Calibration
 from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
-from vrscope.arch.spaces import GAIN_PAIR, NORM_FOLD, Space
+from vrscope.arch.spaces import Space
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import PlanError, UnknownNameError
 from vrscope.executors import Executor, Serial
 from vrscope.progress import Progress, silent
 from vrscope.rescale.awq import Choice, choose, searchable
-from vrscope.rescale.balance import cle, smoothquant
+from vrscope.rescale.balance import cle, consecutive, smoothquant
 from vrscope.rescale.plan import POW2
-from vrscope.rescale.profile import Profile, side_sizes
+from vrscope.rescale.profile import Profile, balanced, side_sizes
 
 Exponents = Mapping[str, NDArray[np.float64]]
 _SERIAL = Serial()
@@ -118,7 +118,8 @@ class Situation:
 class Method:
     """One entry of the table: name, one sentence, the options it uses, and the function that chooses.
 
-    `calibrates` says whether it needs a model run on text.
+    `calibrates` says whether it needs a model run on text; `apart` accepts the spaces it scales, if it chooses each
+    from the tensors of that space alone, and is None if it has to see all of them at once.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Method:
     uses: tuple[str, ...]
     choose: Callable[[Situation], Exponents | Choice]
     calibrates: bool = False
+    apart: Callable[[Space], bool] | None = None
 
 
 def usable_spaces(binding: Binding, scales: str) -> tuple[Space, ...]:
@@ -149,9 +151,7 @@ def wisca(situation: Situation) -> Exponents:
     granularity is "tensor"; "head" and "channel" are refinements made here.
     """
     chosen = {}
-    for space in situation.spaces:
-        if space.rule in {NORM_FOLD, GAIN_PAIR} or space.limit is not None:
-            continue
+    for space in filter(balanced, situation.spaces):
         degree = max(abs(term.power) for term in space.terms)
         writers, readers = (
             pooled(sizes, space, situation.options)
@@ -349,13 +349,21 @@ METHODS: tuple[Method, ...] = (
         ("alpha", "scales", "limit"),
         smoothquant,
         calibrates=True,
+        apart=consecutive,
     ),
-    Method("cle", "Gives every channel the same range on both sides of its scale.", ("scales", "limit"), cle),
+    Method(
+        "cle",
+        "Gives every channel the same range on both sides of its scale.",
+        ("scales", "limit"),
+        cle,
+        apart=consecutive,
+    ),
     Method(
         "wisca",
         "Gives the two matrices that meet in a product (q.k, v.o, up.down) equal norms.",
         ("granularity", "norm", "scales", "limit"),
         wisca,
+        apart=balanced,
     ),
     Method(
         "tvr",

@@ -26,6 +26,8 @@ PLAN_VERSION = 2  # with negative scales, which a reader of version 1 would pass
 POW2, FREE = "pow2", "free"
 BIT_EQUAL, ROUNDED, UP_TO_EPS = "bit-equal", "equal up to rounding", "equal up to eps"
 NOT_EQUIVALENT = "not equivalent"
+EXPONENT = np.int16  # a plan has one per scale of the checkpoint; sums and products are taken in int64
+_LARGEST = 1000  # magnitude of an exponent
 _RUN = re.compile(r"(-?\d+)(?:x(\d+))?")
 
 
@@ -42,7 +44,8 @@ class RescalePlan:
     scales
         "pow2": `spaces` holds integer exponents k, the scale is 2**k. "free": it holds the real factors themselves.
     spaces
-        Space name to an array of shape `(size,)`; a space that is not listed is left alone.
+        Space name to an array of shape `(size,)`; a space that is not listed is left alone. Exponents become int16 if
+        they fit.
     negative
         Those of `spaces` of which some scales are negative, each with a bool array of shape `(size,)`: true where the
         scale is minus what `spaces` says.
@@ -71,6 +74,10 @@ class RescalePlan:
     approximate: Mapping[str, float] = field(default_factory=dict)
     gains: tuple[Mapping[str, Any], ...] = ()
     negative: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scales == POW2:
+            object.__setattr__(self, "spaces", {name: _narrow(values) for name, values in self.spaces.items()})
 
     @property
     def equivalent(self) -> str:
@@ -149,7 +156,8 @@ class RescalePlan:
         spaces = dict(first)
         for name, values in second.items():
             if name in spaces:
-                spaces[name] = spaces[name] + values if scales == POW2 else spaces[name] * values
+                both = spaces[name], values
+                spaces[name] = np.add(*both, dtype=np.int64) if scales == POW2 else np.multiply(*both)
             else:
                 spaces[name] = values
         negative = dict(self.negative)
@@ -181,7 +189,7 @@ class RescalePlan:
             "spaces": {name: _encode(values, self.scales) for name, values in self.spaces.items()},
         } | ({"approximate": dict(self.approximate)} if self.approximate else {})
         if self.negative:
-            body["negative"] = {name: _encode(values.astype(np.int64), POW2) for name, values in self.negative.items()}
+            body["negative"] = {name: _encode(values.astype(EXPONENT), POW2) for name, values in self.negative.items()}
         if self.gains:
             body["gains"] = [dict(row) for row in self.gains]
         return json.dumps(body, indent=1, allow_nan=False) + "\n"
@@ -271,6 +279,15 @@ class RescalePlan:
             raise PlanError(message) from error
 
 
+def _narrow(exponents: NDArray[Any]) -> NDArray[Any]:
+    """Return whole exponents in two bytes each if they fit."""
+    if exponents.dtype == EXPONENT or exponents.dtype.kind != "i":
+        return exponents
+    limits = np.iinfo(EXPONENT)
+    fit = limits.min < exponents.min(initial=0) and exponents.max(initial=0) <= limits.max  # also when negated
+    return exponents.astype(EXPONENT) if fit else exponents
+
+
 def _encode(values: NDArray[Any], scales: str) -> str | list[float]:
     if scales == FREE:
         return [float(value) for value in values]
@@ -289,8 +306,8 @@ def _decode(text: str | list[float], scales: str) -> NDArray[Any]:
     runs = []
     for word in str(text).split():
         match = _RUN.fullmatch(word)
-        if match is None or int(match[2] or 1) > 10**8 or abs(int(match[1])) > 1000:
+        if match is None or int(match[2] or 1) > 10**8 or abs(int(match[1])) > _LARGEST:
             message = f"{word[:20]!r} is not an exponent"
             raise ValueError(message)
-        runs.append(np.full(int(match[2] or 1), int(match[1]), np.int64))
-    return np.concatenate(runs) if runs else np.zeros(0, np.int64)
+        runs.append(np.full(int(match[2] or 1), int(match[1]), EXPONENT))
+    return np.concatenate(runs) if runs else np.zeros(0, EXPONENT)

@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 
 from vrscope.activations.importance import Calibration
 from vrscope.arch.binding import Binding
-from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo
 from vrscope.errors import PlanError
 from vrscope.executors import Executor
-from vrscope.progress import Progress
+from vrscope.progress import Progress, silent
 from vrscope.rescale.awq import Choice
 from vrscope.rescale.methods import METHODS, Method, MethodOptions, Situation, get_method, reach_of, target_std
-from vrscope.rescale.plan import POW2, RescalePlan
-from vrscope.rescale.profile import Profile, profile_weights
+from vrscope.rescale.plan import EXPONENT, POW2, RescalePlan
+from vrscope.rescale.profile import Profile, balanced, rescaled_profile, wanted_slices
 from vrscope.rescale.scaling import TensorScale, out_of_range, tensor_scales, window_of
+from vrscope.rescale.survey import Group, Survey, Surveys, groups_of, profiled, survey_weights
 
 RAW_THRESHOLD = 1.2  # std / target above which the reference rescales
 
@@ -33,11 +33,13 @@ def make_plan(
     executor: Executor,
     progress: Progress,
     calibration: Calibration | None = None,
-) -> tuple[RescalePlan, Profile]:
-    """Return the plan a method makes for a checkpoint, and the weight profile it was made from.
+    described: bool = False,
+) -> tuple[RescalePlan, Surveys]:
+    """Return the plan a method makes for a checkpoint, and what the weights it was made from are like.
 
     With powers of two, channels whose weights would leave the normal range of their stored type keep the scale 1; the
-    settings count them as `left_out`. `calibration` is for the methods that calibrate.
+    settings count them as `left_out`. `calibration` is for the methods that calibrate. Weights as the plan leaves them
+    are surveyed only if it is to be `described`.
 
     Raises
     ------
@@ -57,8 +59,6 @@ def make_plan(
             f"Leave scales out, or use {users}."
         )
         raise PlanError(message)
-    profile = profile_weights(checkpoint, binding, executor, progress)
-    situation = Situation(binding, profile, options, checkpoint, calibration, executor, progress)
     settings = {name: value for name, value in asdict(options).items() if name in entry.uses}
     if "target" in settings:
         settings["target"] = list(settings["target"])
@@ -69,27 +69,67 @@ def make_plan(
             calibration.held_out_tokens if calibration.held_out is not calibration.importance else 0
         )
         settings |= {"calibration_text": calibration.text, "calibration_tokens": tokens}
-    fingerprint = checkpoint.fingerprint()
+    plan = RescalePlan(binding.family, method, settings, POW2, {}, checkpoint.fingerprint())
     if options.raw and "raw" in entry.uses:
-        affine, zeroed = _raw_tvr(situation, checkpoint)
-        plan = RescalePlan(binding.family, method, settings, POW2, {}, fingerprint, affine=affine, zeroed=zeroed)
-        return plan, profile
-    reach = {space.name: reach_of(space, options) for space in situation.spaces}
-    choice = entry.choose(situation)
+        before = survey_weights(checkpoint, binding, executor, progress)
+        affine, zeroed = _raw_tvr(checkpoint, binding, before, options)
+        plan, after = replace(plan, affine=affine, zeroed=zeroed), Survey()
+        if described:
+            scales = tensor_scales(binding, plan)
+            after = survey_weights(checkpoint, binding, executor, progress, scales)
+        return plan, Surveys(before, after)
+    plan = replace(plan, scales=options.scales)
+    surveys, parts, left_out = Surveys(Survey(), Survey()), [], 0
+    groups = _groups(binding, entry)
+    again = progress if len(groups) == 1 else silent  # it tells of a pass over everything, not of one group
+    for group, profile in profiled(checkpoint, groups, executor, progress):
+        situation = Situation(group.binding, profile, options, checkpoint, calibration, executor, progress)
+        part, skipped = _plan_group(situation, entry, plan)
+        parts.append(part)
+        left_out += skipped
+        surveys.before.add(group, profile)
+        surveys.before.estimate(group, profile)
+        if described:
+            scales = tensor_scales(group.binding, part)
+            surveys.after.add(group, rescaled_profile(checkpoint, group.binding, profile, scales, executor, again))
+    if left_out:
+        settings["left_out"] = left_out
+    return _joined(plan, parts, binding), surveys
+
+
+def _groups(binding: Binding, method: Method) -> list[Group]:
+    """Return the groups of tensors that a method can choose scales for one after the other."""
+    apart = method.apart
+    if apart is None:
+        return [Group(binding, wanted_slices(binding))]
+    return groups_of(binding, lambda space: apart(space) or balanced(space))
+
+
+def _plan_group(situation: Situation, method: Method, empty: RescalePlan) -> tuple[RescalePlan, int]:
+    """Return an empty plan filled with the scales of a situation's spaces, and how many were set to 1 again."""
+    assert situation.checkpoint is not None
+    reach = {space.name: reach_of(space, situation.options) for space in situation.spaces}
+    choice = method.choose(situation)
     choice = choice if isinstance(choice, Choice) else Choice(choice)
     chosen = {name: np.clip(values, *reach[name]) for name, values in choice.exponents.items()}
     limited = {space.name: space.limit.eps for space in situation.spaces if space.limit and space.name in chosen}
-    if options.scales != POW2:
-        spaces = {name: np.exp2(values) for name, values in chosen.items()}
-        plan = RescalePlan(binding.family, method, settings, options.scales, spaces, fingerprint, approximate=limited)
-        return replace(plan, negative=choice.negative), profile
-    whole = {name: np.rint(values).astype(np.int64) for name, values in chosen.items()}
-    plan = RescalePlan(binding.family, method, settings, POW2, whole, fingerprint, approximate=limited)
-    plan = replace(plan, gains=choice.gains, negative=choice.negative)
-    plan, left_out = _within_range(checkpoint, binding, plan, profile)
-    if left_out:
-        settings["left_out"] = left_out
-    return plan, profile
+    plan = replace(empty, approximate=limited, gains=choice.gains, negative=choice.negative)
+    if plan.scales != POW2:
+        return replace(plan, spaces={name: np.exp2(values) for name, values in chosen.items()}), 0
+    whole = {name: np.rint(values).astype(EXPONENT) for name, values in chosen.items()}
+    return _within_range(situation.checkpoint, situation.binding, replace(plan, spaces=whole), situation.profile)
+
+
+def _joined(empty: RescalePlan, parts: list[RescalePlan], binding: Binding) -> RescalePlan:
+    """Return one plan with the scales of plans for different spaces, in the order of the binding."""
+    spaces = {name: values for part in parts for name, values in part.spaces.items()}
+    return replace(
+        empty,
+        spaces={space.name: spaces[space.name] for space in binding.spaces if space.name in spaces},
+        negative={name: values for part in parts for name, values in part.negative.items()},
+        approximate={name: eps for part in parts for name, eps in part.approximate.items()},
+        gains=tuple(row for part in parts for row in part.gains),
+    )
 
 
 def require_approximate(method: Method, options: MethodOptions) -> None:
@@ -112,15 +152,16 @@ def require_approximate(method: Method, options: MethodOptions) -> None:
         raise PlanError(message)
 
 
-def _raw_tvr(situation: Situation, checkpoint: Checkpoint) -> tuple[dict[str, tuple[float, float]], tuple[str, ...]]:
+def _raw_tvr(
+    checkpoint: Checkpoint, binding: Binding, survey: Survey, options: MethodOptions
+) -> tuple[dict[str, tuple[float, float]], tuple[str, ...]]:
     """Return scale and shift of every matrix over the threshold, and the biases the reference zeroes."""
     affine, zeroed = {}, []
-    for tensor, parts in situation.profile.slices.items():
-        role, info = situation.binding.roles[tensor], situation.profile.infos[tensor]
-        if role.kind != LINEAR or role.layer is None or len(info.shape) != 2:
+    for tensor in wanted_slices(binding):
+        if tensor not in survey.stds or len(checkpoint.tensors[tensor].shape) != 2:
             continue
-        mean = float(next(iter(parts.values())).total.sum()) / info.numel
-        std, target = situation.profile.std(tensor), float(target_std(situation.options, role.layer))
+        mean, std = survey.means[tensor], survey.stds[tensor]
+        target = float(target_std(options, binding.roles[tensor].layer))
         if std / target > RAW_THRESHOLD:
             affine[tensor] = (target / std, mean - mean * target / std)
             bias = tensor.removesuffix(".weight") + ".bias"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,11 +77,15 @@ class Profile:
         """Return the slices that a term's scales multiply."""
         return self.slices[term.tensor][_kept(term)]
 
+    def mean(self, tensor: str) -> float:
+        """Return the mean of a tensor, NaN if it has no elements."""
+        count = self.infos[tensor].numel
+        return float(next(iter(self.slices[tensor].values())).total.sum()) / count if count else float("nan")
+
     def std(self, tensor: str) -> float:
         """Return the population standard deviation of a tensor, NaN if it has no elements."""
         part = next(iter(self.slices[tensor].values()))
-        count = self.infos[tensor].numel
-        mean = float(part.total.sum()) / count if count else float("nan")
+        count, mean = self.infos[tensor].numel, self.mean(tensor)
         return float(np.sqrt(max(float(part.square.sum()) / count - mean * mean, 0.0))) if count else mean
 
     def largest(self, tensor: str) -> float:
@@ -111,18 +116,23 @@ def profile_weights(
     executor: Executor,
     progress: Progress,
     scales: Mapping[str, TensorScale] | None = None,
-    only: Collection[str] | None = None,
 ) -> Profile:
     """Return the slices of every tensor that a space of the binding moves, and of every linear weight.
 
-    With `scales`, the weights are profiled as these would leave them, without writing anything. With `only`, no other
-    tensors are.
+    With `scales`, the weights are profiled as these would leave them, without writing anything. All of it takes 32
+    bytes per channel; where that is too much, see `vrscope.rescale.survey`.
 
     Raises
     ------
     CheckpointError
         If one of them has NaN or infinite weights.
     """
+    (profile,) = profile_parts(checkpoint, [wanted_slices(binding)], executor, progress, scales)
+    return profile
+
+
+def wanted_slices(binding: Binding) -> dict[str, tuple[Dims, ...]]:
+    """Return the tensors that methods and tables look at, each with the dimensions its slices keep."""
     wanted: dict[str, set[Dims]] = defaultdict(set)
     for space in binding.spaces:
         for term in space.terms:
@@ -132,8 +142,25 @@ def profile_weights(
     for name, role in binding.roles.items():
         if role.kind == LINEAR and name not in wanted:
             wanted[name].add(())  # no space moves it, but its std is compared with a target
-    infos = {name: checkpoint.tensors[name] for name in wanted if only is None or name in only}
-    after = scales or {}
+    return {name: tuple(dims) for name, dims in wanted.items()}
+
+
+def profile_parts(
+    checkpoint: Checkpoint,
+    parts: Iterable[Mapping[str, Collection[Dims]]],
+    executor: Executor,
+    progress: Progress,
+    scales: Mapping[str, TensorScale] | None = None,
+) -> Iterator[Profile]:
+    """Yield one profile for each part of a checkpoint, in one pass; a part names its tensors as `wanted_slices` does.
+
+    Raises
+    ------
+    CheckpointError
+        If one of them has NaN or infinite weights.
+    """
+    parts, after = list(parts), scales or {}
+    wanted = {name: dims for part in parts for name, dims in part.items()}
 
     def visit(info: TensorInfo, block: StoredBlock) -> tuple[Sums, float]:
         scale = after.get(info.name)
@@ -142,18 +169,20 @@ def profile_weights(
             block = replace(block, bits=scaled_bits(info, block, scale))
         return (_sum_matrix if len(info.shape) <= 2 else _sum_tensor)(info, block, wanted[info.name])
 
-    how = Streaming(executor, progress, "reading weights", PROFILE_BYTES)
-    slices: dict[str, Mapping[Dims, Slices]] = {}
-    smallest: dict[str, float] = {}
-    for name, parts in stream(checkpoint, infos, visit, how):
-        info = infos[name]
-        sums = {dims: np.zeros((4, *_reduced(info, dims))) for dims in wanted[name]}
-        smallest[name] = np.inf
-        for place, (part, least) in zip(checkpoint.block_places(name, PROFILE_BYTES), parts, strict=True):
-            smallest[name] = min(smallest[name], least)
-            _merge(info, place, part, sums)
-        slices[name] = {dims: Slices(_count(info, dims), *arrays) for dims, arrays in sums.items()}
-    return Profile(infos, slices, smallest)
+    read = stream(checkpoint, wanted, visit, Streaming(executor, progress, "reading weights", PROFILE_BYTES))
+    for part in parts:
+        infos = {name: checkpoint.tensors[name] for name in part}
+        slices: dict[str, Mapping[Dims, Slices]] = {}
+        smallest: dict[str, float] = {}
+        for name, blocks in islice(read, len(part)):
+            info = infos[name]
+            sums = {dims: np.zeros((4, *_reduced(info, dims))) for dims in part[name]}
+            smallest[name] = np.inf
+            for place, (block, least) in zip(checkpoint.block_places(name, PROFILE_BYTES), blocks, strict=True):
+                smallest[name] = min(smallest[name], least)
+                _merge(info, place, block, sums)
+            slices[name] = {dims: Slices(_count(info, dims), *arrays) for dims, arrays in sums.items()}
+        yield Profile(infos, slices, smallest)
 
 
 def rescaled_profile(
@@ -164,7 +193,7 @@ def rescaled_profile(
     executor: Executor,
     progress: Progress,
 ) -> Profile:
-    """Return what `profile_weights` with `scales` would of balanced spaces and of stds, reading as little as possible.
+    """Return what a profile would be with `scales`, of balanced spaces and of stds, reading as little as possible.
 
     Where powers of two do not differ within a slice, the sums after follow from those before without rounding. Of
     tensors that are not read, the other slices are missing, and the smallest magnitude.
@@ -177,16 +206,18 @@ def rescaled_profile(
     needed: dict[str, set[Dims]] = defaultdict(set)
     for term in (term for space in binding.spaces if balanced(space) for term in space.terms):
         needed[term.tensor].add(_kept(term))
+    moved = {name: scales[name] for name in before.slices if name in scales}
     derived: dict[str, set[Dims]] = {}
-    for name, scale in scales.items():
-        if name not in before.slices:
-            continue
+    again: dict[str, tuple[Dims, ...]] = {}
+    for name, scale in moved.items():
         along = {dim for array in scale.exponents for dim, size in enumerate(array.shape) if size != 1}
         fitting = {dims for dims in before.slices[name] if along <= set(dims)}
         if scale.exponents and fitting >= needed[name] and fitting and before.surely_in_range(name, scale.exponents):
             derived[name] = needed[name] or fitting
-    read = profile_weights(checkpoint, binding, executor, progress, scales, scales.keys() - derived.keys())
-    return Profile(before.infos, _Rescaled(before, read, scales, derived), read.smallest)
+        else:
+            again[name] = tuple(before.slices[name])
+    (read,) = profile_parts(checkpoint, [again], executor, progress, moved) if again else (Profile({}, {}, {}),)
+    return Profile(before.infos, _Rescaled(before, read, moved, derived), read.smallest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

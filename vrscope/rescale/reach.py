@@ -53,10 +53,14 @@ def reach(checkpoint: Checkpoint, binding: Binding, plan: RescalePlan, formats: 
         rows = [(entry.name, True, len(plan.affine), total, why) for entry in formats]
         return pd.DataFrame(rows, columns=[column.name for column in REACH_COLUMNS])
     scales = tensor_scales(binding, plan)
-    factors = {name: row_column_factors(checkpoint.tensors[name], binding, scales.get(name)) for name in linears}
+    counts = dict.fromkeys((entry.name for entry in formats), 0)
+    for name in linears:
+        pair = row_column_factors(checkpoint.tensors[name], binding, scales.get(name))
+        for entry in formats:
+            counts[entry.name] += _feels(entry, *pair)
     rows = []
     for entry in formats:
-        felt = sum(_feels(entry, *pair) for pair in factors.values())
+        felt = counts[entry.name]
         reason = _reason(entry, felt, len(linears), plan)
         if plan.scales == FREE and not felt and plan.changed:
             felt = sum(name in scales for name in linears)

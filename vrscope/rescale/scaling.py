@@ -7,7 +7,7 @@ negative scale also turns the sign bit, which is exact for every value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.arch.binding import Binding
-from vrscope.arch.spaces import Space, by_tensor
+from vrscope.arch.spaces import Space, Term, by_tensor
 from vrscope.checkpoint.room import new_room
 from vrscope.checkpoint.source import RowBlock, StoredBlock, TensorInfo
 from vrscope.errors import CheckpointError, PlanError
@@ -87,7 +87,7 @@ def window_of(array: NDArray[Any], info: TensorInfo, block: RowBlock | StoredBlo
     return np.broadcast_to(cut, (cut.shape[0], *info.shape[1:])).reshape(cut.shape[0], -1)
 
 
-def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]:
+def tensor_scales(binding: Binding, plan: RescalePlan) -> Mapping[str, TensorScale]:
     """Return the scales of every tensor that a plan changes.
 
     Raises
@@ -115,14 +115,51 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
     if unknown is not None:
         message = f"plan: {unknown!r} is not a tensor of this checkpoint. Make the plan for it with `vrscope plan`."
         raise PlanError(message)
-    scales: dict[str, TensorScale] = {}
-    for tensor, uses in by_tensor(binding.spaces).items():
+    return _PlanScales.of(binding, plan)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PlanScales(Mapping[str, TensorScale]):
+    """The scales of a plan by tensor, made when asked for: kept, they would take memory for every channel.
+
+    Attributes
+    ----------
+    plan
+        The plan.
+    uses
+        All spaces with a term in a tensor, of the tensors that the plan scales.
+    moved
+        Names of the spaces that the plan scales.
+    """
+
+    plan: RescalePlan
+    uses: Mapping[str, Sequence[tuple[Space, Term]]]
+    moved: frozenset[str]
+
+    @classmethod
+    def of(cls, binding: Binding, plan: RescalePlan) -> _PlanScales:
+        moved = frozenset(name for name in plan.spaces if plan.moved(name).any())
+        found = {}
+        for tensor, uses in by_tensor(binding.spaces).items():
+            if any(space.name in moved for space, _ in uses):
+                if plan.scales == POW2 and _one_plus(uses):
+                    message = (
+                        f"plan: {tensor} stores its gain minus one, which a power of two rounds. Use --scales free."
+                    )
+                    raise PlanError(message)
+                found[tensor] = uses
+        return cls(plan, found, moved)
+
+    def __getitem__(self, name: str) -> TensorScale:
+        plan = self.plan
+        if name in plan.zeroed or name in plan.affine:
+            return TensorScale(affine=(0.0, 0.0) if name in plan.zeroed else plan.affine[name])
         arrays: list[NDArray[Any]] = []
         negative: list[NDArray[np.bool_]] = []
-        for space, term in uses:
-            chosen = plan.spaces.get(space.name)
-            if chosen is None or not plan.moved(space.name).any():
+        for space, term in self.uses[name]:
+            if space.name not in self.moved:
                 continue
+            chosen = plan.spaces[space.name]
             powered = _exponents(chosen, term.power) if plan.scales == POW2 else chosen**term.power
             if space.name in plan.negative:  # their terms have the powers 1 and -1
                 signs = plan.signs(space.name)
@@ -131,24 +168,27 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> dict[str, TensorScale]
                 else:
                     powered = np.where(signs, -powered, powered)
             arrays.append(np.append(powered, powered.dtype.type(plan.neutral))[term.index])
-        if arrays:
-            one_plus = any(term.stored == "1+w" for _, term in uses)
-            if one_plus and plan.scales == POW2:
-                message = f"plan: {tensor} stores its gain minus one, which a power of two rounds. Use --scales free."
-                raise PlanError(message)
-            exact = plan.scales == POW2
-            exponents, factors = (tuple(arrays), ()) if exact else ((), tuple(arrays))
-            scales[tensor] = TensorScale(exponents, factors, one_plus, negative=tuple(negative))
-    for tensor, pair in plan.affine.items():
-        scales[tensor] = TensorScale(affine=pair)
-    for tensor in plan.zeroed:
-        scales[tensor] = TensorScale(affine=(0.0, 0.0))
-    return scales
+        exact, one_plus = plan.scales == POW2, _one_plus(self.uses[name])
+        exponents, factors = (tuple(arrays), ()) if exact else ((), tuple(arrays))
+        return TensorScale(exponents, factors, one_plus, negative=tuple(negative))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self.uses, *self.plan.affine, *self.plan.zeroed)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.uses or name in self.plan.affine or name in self.plan.zeroed
 
 
-def _exponents(chosen: NDArray[np.int64], power: int) -> NDArray[np.signedinteger]:
-    """Return exponents times a power, in half the memory if they fit: they are kept for every channel."""
-    powered = chosen * power
+def _one_plus(uses: Sequence[tuple[Space, Term]]) -> bool:
+    return any(term.stored == "1+w" for _, term in uses)
+
+
+def _exponents(chosen: NDArray[np.signedinteger], power: int) -> NDArray[np.signedinteger]:
+    """Return exponents times a power, in half the memory if they fit."""
+    powered = chosen.astype(np.int64) * power
     return powered.astype(np.int32) if np.abs(powered).max(initial=0) < 1 << 30 else powered
 
 
