@@ -120,35 +120,27 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> Mapping[str, TensorSca
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PlanScales(Mapping[str, TensorScale]):
-    """The scales of a plan by tensor, made when asked for: kept, they would take memory for every channel.
-
-    Attributes
-    ----------
-    plan
-        The plan.
-    uses
-        All spaces with a term in a tensor, of the tensors that the plan scales.
-    moved
-        Names of the spaces that the plan scales.
-    """
+    """The scales of a plan by tensor, made when asked for: kept, they would take memory for every channel."""
 
     plan: RescalePlan
-    uses: Mapping[str, Sequence[tuple[Space, Term]]]
-    moved: frozenset[str]
+    uses: Mapping[str, Sequence[tuple[Space, Term]]]  # all of the tensors that the plan scales; of affine ones none
+    moved: frozenset[str]  # names of the spaces that the plan scales
 
     @classmethod
     def of(cls, binding: Binding, plan: RescalePlan) -> _PlanScales:
         moved = frozenset(name for name in plan.spaces if plan.moved(name).any())
-        found = {}
-        for tensor, uses in by_tensor(binding.spaces).items():
-            if any(space.name in moved for space, _ in uses):
-                if plan.scales == POW2 and _one_plus(uses):
-                    message = (
-                        f"plan: {tensor} stores its gain minus one, which a power of two rounds. Use --scales free."
-                    )
-                    raise PlanError(message)
-                found[tensor] = uses
-        return cls(plan, found, moved)
+        uses: dict[str, list[tuple[Space, Term]]] = {
+            tensor: all_of
+            for tensor, all_of in by_tensor(binding.spaces).items()
+            if any(space.name in moved for space, _ in all_of)
+        }
+        rounded = next((tensor for tensor in uses if plan.scales == POW2 and _one_plus(uses[tensor])), None)
+        if rounded is not None:
+            message = f"plan: {rounded} stores its gain minus one, which a power of two rounds. Use --scales free."
+            raise PlanError(message)
+        for tensor in (*plan.affine, *plan.zeroed):
+            uses[tensor] = []
+        return cls(plan, uses, moved)
 
     def __getitem__(self, name: str) -> TensorScale:
         plan = self.plan
@@ -168,18 +160,18 @@ class _PlanScales(Mapping[str, TensorScale]):
                 else:
                     powered = np.where(signs, -powered, powered)
             arrays.append(np.append(powered, powered.dtype.type(plan.neutral))[term.index])
-        exact, one_plus = plan.scales == POW2, _one_plus(self.uses[name])
-        exponents, factors = (tuple(arrays), ()) if exact else ((), tuple(arrays))
-        return TensorScale(exponents, factors, one_plus, negative=tuple(negative))
+        if plan.scales == POW2:
+            return TensorScale(tuple(arrays), negative=tuple(negative))
+        return TensorScale(factors=tuple(arrays), one_plus=_one_plus(self.uses[name]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self.uses, *self.plan.affine, *self.plan.zeroed)))
+        return iter(self.uses)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self.uses)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.uses or name in self.plan.affine or name in self.plan.zeroed
+        return name in self.uses
 
 
 def _one_plus(uses: Sequence[tuple[Space, Term]]) -> bool:
