@@ -28,11 +28,16 @@ FEW = ["llama", "mixtral", "gpt2", "opt", "bert", "gpt_oss", "deepseek_v3", "jam
 TARGET = ("int4-g32", "nf4")
 
 
-def planned(folder: Path, method: str, executor: Serial | Threads = Serial()) -> RescalePlan:  # noqa: B008
+def planned(
+    folder: Path,
+    method: str,
+    executor: Serial | Threads = Serial(),  # noqa: B008
+    target: tuple[str, ...] = TARGET,
+) -> RescalePlan:
     checkpoint = open_checkpoint(folder)
     binding = bind(checkpoint)
     found = calibrate(load_model(checkpoint, "cpu", "float32"), checkpoint, binding.roles, SAMPLE)
-    return make_plan(checkpoint, binding, method, MethodOptions(target=TARGET), executor, silent, found)[0]
+    return make_plan(checkpoint, binding, method, MethodOptions(target=target), executor, silent, found)[0]
 
 
 def is_bit_equal(case: str, tmp_path: Path, method: str) -> RescalePlan:
@@ -99,3 +104,14 @@ def test_free_scales_are_refused_where_only_powers_of_two_are_searched(tmp_path:
     for method in ("auto", "awq"):
         with pytest.raises(PlanError, match=f"'{method}' searches for powers of two"):
             make_plan(checkpoint, bind(checkpoint), method, MethodOptions(scales="free"), Serial(), silent)
+
+
+def test_rows_keep_their_signs_for_code_books_which_would_round_them_differently(tmp_path: Path) -> None:
+    """What is predicted for the columns of a weight would no longer hold if its rows turned."""
+    folder = save_tiny("llama", tmp_path / "a")
+    rules = {space.name: space.rule for space in bind(open_checkpoint(folder)).spaces}
+    turned = {
+        name: {rules[space] for space in planned(folder, "awq", target=(name,)).negative}
+        for name in ("nf4", "int4-g32")
+    }
+    assert turned == {"nf4": {"norm fold"}, "int4-g32": {"norm fold", "v.o", "up.down"}}

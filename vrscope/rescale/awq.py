@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vrscope.arch.binding import Binding
+from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import Space
 from vrscope.errors import PlanError
 from vrscope.quant.formats import FORMATS, Format, get_format
@@ -100,9 +102,11 @@ def choose(situation: Situation, given: Mapping[str, Exponents]) -> Choice:
     def look(space: Space) -> Found | None:
         starts = {name: values[space.name] for name, values in given.items() if space.name in values}
         found = readers(space)
-        limit = situation.options.limit
-        return search(found, formats, space.size, starts, limit, space.signed) if found else None
+        signed = space.signed and not (turns_rows and _written_by_weights(space, situation.binding))
+        return search(found, formats, space.size, starts, situation.options.limit, signed) if found else None
 
+    # The sign of a row counts for code books; it would undo what is chosen for the columns of the same weight.
+    turns_rows = any(entry.levels is not None and entry.levels.kind == "codebook" for entry in entries)
     # The formats count alike: each by its share of its own damage in the whole model.
     totals = np.sum([part for part in situation.executor.map(base, spaces) if part is not None], axis=0)
     if not np.ndim(totals):
@@ -117,6 +121,11 @@ def choose(situation: Situation, given: Mapping[str, Exponents]) -> Choice:
                 negative[space.name] = found.negative
             gains += _gains(space, found)
     return Choice(exponents, negative, tuple(gains))
+
+
+def _written_by_weights(space: Space, binding: Binding) -> bool:
+    """Return whether scales of a space multiply rows of linear weights, and not only gains."""
+    return any(term.power > 0 and binding.roles[term.tensor].kind == LINEAR for term in space.terms)
 
 
 def _gains(space: Space, found: Found) -> list[Mapping[str, Any]]:
