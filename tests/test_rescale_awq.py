@@ -36,7 +36,7 @@ def planned(
 ) -> RescalePlan:
     checkpoint = open_checkpoint(folder)
     binding = bind(checkpoint)
-    found = calibrate(load_model(checkpoint, "cpu", "float32"), checkpoint, binding.roles, SAMPLE)
+    found = calibrate(load_model(checkpoint, "cpu", "float32"), checkpoint, binding.roles, SAMPLE, keep=True)
     return make_plan(checkpoint, binding, method, MethodOptions(target=target), executor, silent, found)[0]
 
 

@@ -54,7 +54,7 @@ def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None
     work = _Work.of(own, [get_format(name)])
     scales = scales_of(np.random.default_rng(3).integers(-2, 3, columns))
     before = work.damage(scales, held_out=False)[0]
-    factors = work.factors(scales)
+    factors = scales.factors(own.ids, own.power)
     format_ = tuple(part[0] for part in work.formats[:4])
     values = np.empty(int(format_[2]), np.float32)
     for column in (0, 7, columns - 1):
@@ -154,7 +154,7 @@ def test_columns_of_other_spaces_stay_and_two_patterns_are_searched_by_grid() ->
     assert found.stage in {"grid", ""}
     own = reader(11, ids)
     only = search([own], [(get_format("nf4"), 1.0)], 128, {}, limit=6)
-    factors = _Work.of(own, [get_format("nf4")]).factors(Scales(only.exponents, only.negative))
+    factors = Scales(only.exponents, only.negative).factors(own.ids, own.power)
     assert only.exponents.any() and (factors[128:] == 1).all()
 
 

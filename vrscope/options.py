@@ -30,7 +30,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 _METHOD_FIELDS = frozenset(  # of MethodOptions
     (
         "target", "alpha", "granularity", "norm", "scales", "target_std", "depth_scaled", "raw", "seed", "limit",
-        "approximate", "allow_shrink",
+        "approximate", "allow_shrink", "rounds",
     )
 )  # fmt: skip
 
@@ -227,6 +227,11 @@ def method_options(command: Command) -> Command:
             ),
             click.option(
                 "--alpha", type=click.FloatRange(0, 1), help="smoothquant: how much range moves. Default: 0.5."
+            ),
+            click.option(
+                "--rounds",
+                type=click.IntRange(0, 16),
+                help="auto, awq: rounds of refinement on the rounded model; 0: none. Default: 2.",
             ),
             click.option("--limit", type=click.IntRange(0, 30), help="Largest exponent of two. Default: 6."),
             click.option("--target-std", type=POSITIVE, help="tvr: standard deviation to reach. Default: 0.01."),

@@ -20,7 +20,6 @@ from vrscope.tables import Column
 if TYPE_CHECKING:
     import pandas as pd
 
-    from vrscope.activations.importance import Calibration
     from vrscope.arch.binding import Binding
     from vrscope.arch.roles import TensorRole
     from vrscope.quant.formats import Format
@@ -151,23 +150,21 @@ def choose_plan(
 
     require_approximate(get_method(method), options)
     sample = on.sample(checkpoint, method)
-    calibration = None
-    if sample is not None:
-        calibration = _calibrate(checkpoint, binding, sample, on.device, progress)
-    return make_plan(checkpoint, binding, method, options, default_executor(), progress, calibration, described)
-
-
-def _calibrate(
-    checkpoint: Checkpoint, binding: Binding, sample: TextSample, device: str, progress: Progress
-) -> Calibration:
+    if sample is None:
+        return make_plan(checkpoint, binding, method, options, default_executor(), progress, None, described)
     from vrscope.activations.importance import calibrate
     from vrscope.quant.loading import load_model, release, resolve_device
 
-    loaded = load_model(checkpoint, resolve_device(device), "float32", copies=1)
+    loaded = load_model(checkpoint, resolve_device(on.device), "float32", copies=1)
     try:
-        return calibrate(loaded, checkpoint, binding.roles, sample, progress)
+        keep = get_method(method).tries and options.rounds > 0
+        calibration = calibrate(loaded, checkpoint, binding.roles, sample, progress, keep)
+        if not keep:
+            del loaded
+            release()
+        return make_plan(checkpoint, binding, method, options, default_executor(), progress, calibration, described)
     finally:
-        del loaded
+        calibration = loaded = None  # type: ignore[assignment]
         release()
 
 

@@ -8,6 +8,7 @@ sections 5 and 9). One pass forwards and one backwards give it for all weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,14 +16,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.activations.capture import Site, SiteMap, find_sites, oriented, watching
+from vrscope.activations.backward import run_backward
+from vrscope.activations.capture import Site, SiteMap, find_sites, oriented
 from vrscope.activations.profile import profile_activations
+from vrscope.activations.trial import Trial
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
-from vrscope.quant.loading import LoadedModel, limits_named
+from vrscope.quant.loading import LoadedModel
 from vrscope.quant.memory import require_calibration_memory
+from vrscope.quant.spool import Spool
 from vrscope.quant.text import TextSample
 
 if TYPE_CHECKING:
@@ -53,6 +57,8 @@ class Calibration:
         Name of the text.
     unseen
         Linear weights that no token reached, or that the running model does not use by themselves.
+    trial
+        The model and what it said to the text, if it was to be kept and there are two windows at least.
     """
 
     importance: Mapping[str, NDArray[np.float32]]
@@ -63,6 +69,7 @@ class Calibration:
     causal: bool
     text: str
     unseen: tuple[str, ...]
+    trial: Trial | None = None
 
 
 def calibrate(
@@ -71,10 +78,12 @@ def calibrate(
     roles: Mapping[str, TensorRole],
     sample: TextSample,
     progress: Progress = silent,
+    keep: bool = False,
 ) -> Calibration:
     """Run a text forwards and backwards through a model and return how important each linear weight is.
 
-    Every fourth window, and the last, are held out. Labels are drawn with a fixed seed.
+    Every fourth window, and the last, are held out. Labels are drawn with a fixed seed. With `keep` the model and its
+    outputs, which go to a temporary file, are part of the result.
 
     Raises
     ------
@@ -83,17 +92,19 @@ def calibrate(
     """
     import torch
 
-    require_calibration_memory(checkpoint, loaded.device, sample.window)
+    keep = keep and len(sample.windows) > 1
+    require_calibration_memory(checkpoint, loaded.device, sample.window, tried=keep)
     sites = find_sites(loaded, checkpoint, roles)
     quantized = [site for site in sites.sites if site.tensor not in sites.kept]
     shapes = {site.tensor: oriented(_blank(checkpoint, site.tensor), roles[site.tensor]).shape for site in quantized}
     parts = [_Sums.of(shapes) for _ in range(2 if len(sample.windows) > 1 else 1)]
     absmax = {name: np.zeros((*shape[:-2], shape[-1])) for name, shape in shapes.items()}
     generator = torch.Generator(device="cpu").manual_seed(SEED)
+    trial = Trial(loaded, checkpoint, roles, sites, sample) if keep else None
     done = 0
     for number, window in enumerate(sample.windows):
         held = len(parts) > 1 and (number % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 or number == len(sample.windows) - 1)
-        if not _one_window(loaded, sites, window, (parts[held], absmax), generator):
+        if not _one_window(loaded, sites, window, (parts[held], absmax), generator, trial.outputs if trial else None):
             profile_activations(loaded, checkpoint, roles, sample, sites=sites)  # says where that begins
             raise ModelError(_not_finite(loaded.name, "the output"))
         parts[held].tokens += len(window)
@@ -111,6 +122,7 @@ def calibrate(
         loaded.causal,
         sample.name,
         unseen,
+        trial,
     )
 
 
@@ -159,6 +171,7 @@ def _one_window(
     window: tuple[int, ...],
     into: tuple[_Sums, Mapping[str, NDArray[np.float64]]],
     generator: Generator,
+    outputs: Spool | None,
 ) -> bool:
     """Run one window both ways and add what it tells to the sums and the largest magnitudes, if the loss is finite.
 
@@ -167,8 +180,6 @@ def _one_window(
     bool
         Whether it is.
     """
-    import torch
-
     part, absmax = into
 
     def on_linear(used: tuple[Site, ...], inputs: Tensor, output: Tensor) -> None:
@@ -190,25 +201,12 @@ def _one_window(
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
-    def differentiable(module: object, arguments: object, output: Tensor) -> Tensor:
-        del module, arguments
-        return output.detach().requires_grad_(True)
+    def loss(output: Tensor) -> Tensor:
+        if outputs is not None:
+            outputs.append(output)
+        return (_drawn_loss if loaded.causal else _projected_loss)(output, generator)
 
-    handle = loaded.model.get_input_embeddings().register_forward_hook(differentiable)
-    ids = torch.tensor([window], device=loaded.device)
-    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    try:
-        with limits_named(loaded.name, len(window)), torch.enable_grad(), watching(sites, on_linear):
-            if loaded.causal:
-                loss = _drawn_loss(loaded.model(**arguments, use_cache=False).logits[0].float(), generator)
-            else:
-                loss = _projected_loss(loaded.model(**arguments).last_hidden_state[0].float(), generator)
-            finite = bool(torch.isfinite(loss))
-            if finite:
-                loss.backward()  # type: ignore[no-untyped-call]
-    finally:
-        handle.remove()
-    return finite
+    return math.isfinite(run_backward(loaded, sites, window, on_linear, loss))
 
 
 def _drawn_loss(logits: Tensor, generator: Generator) -> Tensor:

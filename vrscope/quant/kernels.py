@@ -82,7 +82,7 @@ def largest(values: Singles) -> np.float32:
 
 
 @compiled
-def _nearest(v: np.float32, bounds: tuple[np.float32, ...], code: tuple[np.float32, ...]) -> np.float32:
+def nearest(v: np.float32, bounds: tuple[np.float32, ...], code: tuple[np.float32, ...]) -> np.float32:
     """Return `code[number of bounds below v]`; NaN counts as above all bounds.
 
     A binary search that narrows bounds and codes instead of branching: loops over it use vector units, and it takes 4
@@ -162,7 +162,7 @@ def roundtrip_codebook_blocks(
                 for i in range(count):
                     part[np.uint64(k * size + i)] = values[np.uint64(first + i)] / divisor
         for i in range(stop - start):
-            part[i] = _nearest(part[i], b, c)
+            part[i] = nearest(part[i], b, c)
         for k in range((stop - start + size - 1) // size):
             first, count = start + k * size, min(size, stop - start - k * size)
             scale = scales[first // size] if scales.size > 0 else own[k]

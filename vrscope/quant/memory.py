@@ -64,10 +64,11 @@ def require_run_memory(checkpoint: Checkpoint, device: str, dtype: str, window: 
         raise ModelError(message)
 
 
-def require_calibration_memory(checkpoint: Checkpoint, device: str, window: int) -> None:
+def require_calibration_memory(checkpoint: Checkpoint, device: str, window: int, *, tried: bool = False) -> None:
     """Refuse to calibrate a loaded model if gradients and the importance of every weight would not fit beside it.
 
-    Counted are two float32 figures per weight and the activations of all layers, which a backward pass keeps.
+    Counted are two float32 figures per weight, or four if the model is to be `tried` with rounded weights afterwards,
+    and the activations of all layers, which a backward pass keeps.
 
     Raises
     ------
@@ -77,12 +78,13 @@ def require_calibration_memory(checkpoint: Checkpoint, device: str, window: int)
     config = checkpoint.config
     layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "n_layers") if name in config), 1)
     run = run_bytes(config, window, DTYPE_BYTES["float32"]) * max(1, int(layers) // 4)
-    needed = 2 * _weight_bytes(checkpoint, "float32") + run
+    needed = (4 if tried else 2) * _weight_bytes(checkpoint, "float32") + run
     free = free_memory("cpu")
     if free is not None and needed > free:
         message = (
             f"{checkpoint.name}: expected {needed / 1e9:.1f} GB of free memory to calibrate on windows of {window:,} "
-            f"tokens, found {free / 1e9:.1f} GB. Use a larger machine, or a method without calibration (wisca, cle)."
+            f"tokens, found {free / 1e9:.1f} GB. Use a larger machine, {'--rounds 0, ' if tried else ''}or a method "
+            "without calibration (wisca, cle)."
         )
         raise ModelError(message)
 

@@ -1,8 +1,9 @@
 """Scales chosen by what rounding costs the output: for every space the search of `vrscope.rescale.search`.
 
-A relative of AWQ (arXiv 2306.00978), with four differences: the objective is the predicted damage of the whole model,
+A relative of AWQ (arXiv 2306.00978), with five differences: the objective is the predicted damage of the whole model,
 from gradients, not the error of one layer's output; exponents and signs are searched for one by one; several formats
-count at once; and what does not hold on held-out text is not taken.
+count at once; what does not hold on held-out text is not taken; and in the end single scales are moved once more by
+what the model with all weights rounded shows (`vrscope.rescale.refine`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.binding import Binding
-from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import Space
 from vrscope.errors import PlanError
 from vrscope.quant.formats import FORMATS, Format, get_format
-from vrscope.rescale.readers import Reader, readers_of
-from vrscope.rescale.search import AWQ, NONE, ON_GRID, START, Found, base_damage, search
+from vrscope.rescale.readers import Reader, may_turn, readers_of
+from vrscope.rescale.refine import Chosen, Refinement, refine
+from vrscope.rescale.search import AWQ, NONE, ON_GRID, START, Found, Scales, base_damage, predicted, search
 
 if TYPE_CHECKING:
     from vrscope.rescale.methods import Situation
@@ -90,6 +90,7 @@ def choose(situation: Situation, given: Mapping[str, Exponents]) -> Choice:
         message = "awq: expected a calibration on text, found none. Give a text, or use a method without: wisca, cle."
         raise PlanError(message)
     entries = searchable(situation.options.target)
+    limit = situation.options.limit
     spaces = [space for space in situation.spaces if space.limit is None]
 
     def readers(space: Space) -> list[Reader]:
@@ -101,31 +102,40 @@ def choose(situation: Situation, given: Mapping[str, Exponents]) -> Choice:
 
     def look(space: Space) -> Found | None:
         starts = {name: values[space.name] for name, values in given.items() if space.name in values}
-        found = readers(space)
-        signed = space.signed and not (turns_rows and _written_by_weights(space, situation.binding))
-        return search(found, formats, space.size, starts, situation.options.limit, signed) if found else None
+        own = readers(space)
+        signed = may_turn(space, situation.binding, entries)
+        return search(own, formats, space.size, starts, limit, signed) if own else None
 
-    # The sign of a row counts for code books; it would undo what is chosen for the columns of the same weight.
-    turns_rows = any(entry.levels is not None and entry.levels.kind == "codebook" for entry in entries)
     # The formats count alike: each by its share of its own damage in the whole model.
     totals = np.sum([part for part in situation.executor.map(base, spaces) if part is not None], axis=0)
     if not np.ndim(totals):
         return Choice({})
     formats = [(entry, 1 / total if total > 0 else 0.0) for entry, total in zip(entries, totals, strict=True)]
-    exponents, negative, gains = {}, {}, []
-    for number, (space, found) in enumerate(zip(spaces, situation.executor.map(look, spaces), strict=True), 1):
+    results: dict[str, Found] = {}
+    for number, (space, result) in enumerate(zip(spaces, situation.executor.map(look, spaces), strict=True), 1):
         situation.progress(STAGE, number, len(spaces), "spaces")
-        if found is not None:
-            exponents[space.name] = found.exponents.astype(np.float64)
-            if found.negative.any():
-                negative[space.name] = found.negative
-            gains += _gains(space, found)
-    return Choice(exponents, negative, tuple(gains))
+        if result is not None:
+            results[space.name] = result
+    searched = [space for space in spaces if space.name in results]
+    chosen: Chosen = {name: Scales(found.exponents, found.negative) for name, found in results.items()}
+    if situation.options.rounds and calibration.trial is not None:
+        task = Refinement(
+            situation.binding, checkpoint, calibration, searched, formats, limit, situation.executor, situation.progress
+        )
+        refined = refine(task, chosen, situation.options.rounds)
 
+        def again(space: Space) -> Found:
+            before, after = chosen[space.name], refined[space.name]
+            moved = int(np.count_nonzero((before.exponents != after.exponents) | (before.negative != after.negative)))
+            return results[space.name].moved(after, predicted(readers(space), entries, after), moved)
 
-def _written_by_weights(space: Space, binding: Binding) -> bool:
-    """Return whether scales of a space multiply rows of linear weights, and not only gains."""
-    return any(term.power > 0 and binding.roles[term.tensor].kind == LINEAR for term in space.terms)
+        results = dict(zip(results, situation.executor.map(again, searched), strict=True))
+    gains = [row for space in searched for row in _gains(space, results[space.name])]
+    return Choice(
+        {name: found.exponents.astype(np.float64) for name, found in results.items()},
+        {name: found.negative for name, found in results.items() if found.negative.any()},
+        tuple(gains),
+    )
 
 
 def _gains(space: Space, found: Found) -> list[Mapping[str, Any]]:
@@ -138,6 +148,9 @@ def _gains(space: Space, found: Found) -> list[Mapping[str, Any]]:
         ("A grid" if found.method == AWQ else f"The scales of {found.method}")
         + ", then moves of single scales, do best on held-out text.",
     )
+    if found.refined:
+        count = "1 scale was" if found.refined == 1 else f"{found.refined} scales were"
+        reason = f"{reason} Then {count} moved by what the rounded model showed."
     shared = {"space": space.name, "rule": space.rule, "layer": space.layer, "method": found.method}
     return [
         {

@@ -28,6 +28,7 @@ from vrscope.rescale.profile import Profile, balanced, side_sizes
 
 Exponents = Mapping[str, NDArray[np.float64]]
 _SERIAL = Serial()
+MOST_ROUNDS = 16
 SHRINK = -3  # log2: below an eighth, the error through eps, which grows with the square, soon shows
 
 
@@ -59,6 +60,8 @@ class MethodOptions:
         With `approximate`: also shrink the inputs of norms, to no less than `SHRINK`.
     target
         awq, auto: names of the formats whose damage to lower, all at once.
+    rounds
+        awq, auto: how often scales are moved once more by what the rounded model shows; 0 leaves that out.
     alpha
         smoothquant: share of the inputs' range, of 1, that moves into the weights.
     """
@@ -75,6 +78,7 @@ class MethodOptions:
     allow_shrink: bool = False
     target: tuple[str, ...] = ("nf4", "int4-g64")
     alpha: float = 0.5
+    rounds: int = 2
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -91,6 +95,9 @@ class MethodOptions:
             message = f"alpha: expected 0 to 1, found {self.alpha}."
             raise PlanError(message)
         searchable(self.target)
+        if not 0 <= self.rounds <= MOST_ROUNDS:
+            message = f"rounds: expected 0 to {MOST_ROUNDS}, found {self.rounds}."
+            raise PlanError(message)
         if not 0 <= self.limit <= 30:
             message = f"limit: expected 0 to 30 (log2 of the largest scale), found {self.limit}."
             raise PlanError(message)
@@ -118,8 +125,9 @@ class Situation:
 class Method:
     """One entry of the table: name, one sentence, the options it uses, and the function that chooses.
 
-    `calibrates` says whether it needs a model run on text; `apart` accepts the spaces it scales, if it chooses each
-    from the tensors of that space alone, and is None if it has to see all of them at once.
+    `calibrates` says whether it needs a model run on text, `tries` whether that model is needed later on, to be run
+    with rounded weights; `apart` accepts the spaces it scales, if it chooses each from the tensors of that space alone,
+    and is None if it has to see all of them at once.
     """
 
     name: str
@@ -127,6 +135,7 @@ class Method:
     uses: tuple[str, ...]
     choose: Callable[[Situation], Exponents | Choice]
     calibrates: bool = False
+    tries: bool = False
     apart: Callable[[Space], bool] | None = None
 
 
@@ -332,16 +341,18 @@ METHODS: tuple[Method, ...] = (
     Method(
         "auto",
         "Starts from the best of all other methods for each space, then searches as awq does, and says what won.",
-        ("target", "alpha", "limit"),
+        ("target", "alpha", "limit", "rounds"),
         auto,
         calibrates=True,
+        tries=True,
     ),
     Method(
         "awq",
         "Searches every space for the exponents that lower the predicted damage of the target formats most.",
-        ("target", "limit"),
+        ("target", "limit", "rounds"),
         awq,
         calibrates=True,
+        tries=True,
     ),
     Method(
         "smoothquant",

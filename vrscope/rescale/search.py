@@ -10,7 +10,7 @@ side need fewer of them. Which of these is taken, if any, is decided on text tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,20 @@ Longs = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
+class Scales(NamedTuple):
+    """Scales of a space: log2 of their magnitudes, and which are negative; both of shape `(size,)`."""
+
+    exponents: Longs
+    negative: Bools
+
+    def factors(self, ids: NDArray[np.int32], power: int) -> Singles:
+        """Return what columns are multiplied by that read these scales (-1: none) with some power."""
+        magnitudes = np.ldexp(np.float32(1), power * np.append(self.exponents, 0)[ids])
+        turned = np.append(self.negative, False)[ids] & (power % 2 != 0)
+        factors: Singles = np.where(turned, -magnitudes, magnitudes).astype(np.float32, copy=False)
+        return factors
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
     """What the search chose for one space.
@@ -43,6 +57,8 @@ class Found:
         "start", "grid" or "search" (descent); empty for "none".
     before, after
         Damage on the held-out text by format.
+    refined
+        How many scales were moved after the search, see `vrscope.rescale.refine`.
     """
 
     exponents: Longs
@@ -51,6 +67,15 @@ class Found:
     stage: str
     before: Mapping[str, float]
     after: Mapping[str, float]
+    refined: int = 0
+
+    def moved(self, scales: Scales, after: Mapping[str, float], count: int) -> Found:
+        """Return the same with other scales, of which `count` differ, and the damage they leave."""
+        exponents, negative = scales
+        method, stage = (AWQ, DESCENT) if count and self.method == NONE else (self.method, self.stage)
+        return replace(
+            self, exponents=exponents, negative=negative, method=method, stage=stage, after=after, refined=count
+        )
 
 
 def base_damage(readers: Sequence[Reader], formats: Sequence[Format]) -> NDArray[np.float64]:
@@ -115,13 +140,6 @@ def search(
     return Found(*chosen[2], chosen[0], chosen[1], before, after)
 
 
-class Scales(NamedTuple):
-    """Scales of a space: log2 of their magnitudes, and which are negative; both of shape `(size,)`."""
-
-    exponents: Longs
-    negative: Bools
-
-
 def _nothing(size: int) -> Scales:
     return Scales(np.zeros(size, np.int64), np.zeros(size, np.bool_))
 
@@ -166,7 +184,7 @@ class _Work:
     @classmethod
     def of(cls, reader: Reader, formats: Sequence[Format]) -> _Work:
         columns = reader.weight.shape[1]
-        rows = [_parameters(entry, columns) for entry in formats]
+        rows = [unit_parameters(entry, columns) for entry in formats]
         arrays = (
             np.array([row[0] for row in rows]),
             np.array([row[1] for row in rows], np.float32),
@@ -183,18 +201,11 @@ class _Work:
             np.empty((len(rows), shape[0], units, 2), np.float32),
         )
 
-    def factors(self, scales: Scales) -> Singles:
-        """Return what the scales multiply every column by."""
-        power, ids = self.reader.power, self.reader.ids
-        magnitudes = np.ldexp(np.float32(1), power * np.append(scales.exponents, 0)[ids])
-        factors: Singles = np.where(np.append(scales.negative, False)[ids] & (power % 2 != 0), -magnitudes, magnitudes)
-        return factors.astype(np.float32, copy=False)
-
     def damage(self, scales: Scales, held_out: bool) -> NDArray[np.float64]:
         """Return the damage in every format, and leave errors and spans behind."""
         from vrscope.rescale.search_kernels import start
 
-        factors = self.factors(scales)
+        factors = scales.factors(self.reader.ids, self.reader.power)
         importance = self.reader.held_out if held_out else self.reader.importance
         kinds, tops, sizes, books, _ = self.formats
         found = np.zeros(kinds.size)
@@ -221,8 +232,9 @@ class _Work:
             before = scales.exponents[own], scales.negative[own]
             after = before[0].copy(), before[1].copy()
             formats = (*self.formats[:4], shares)
+            factors = scales.factors(reader.ids, reader.power)
             moved = sweep(
-                *(reader.weight, reader.importance, self.factors(scales), formats, self.errors, self.spans),
+                *(reader.weight, reader.importance, factors, formats, self.errors, self.spans),
                 *(places, *after, (reader.power, *bounds), threshold),
             )
             scales.exponents[own], scales.negative[own] = after
@@ -241,7 +253,7 @@ class _Work:
         return np.lexsort((-np.add.reduceat(weight, begins), unit))
 
 
-def _parameters(entry: Format, columns: int) -> tuple[int, float, int, NDArray[np.float32]]:
+def unit_parameters(entry: Format, columns: int) -> tuple[int, float, int, NDArray[np.float32]]:
     """Return kind, largest integer, columns per unit and code book of a format, as the kernels take them."""
     from vrscope.quant.roundtrip import codebook
     from vrscope.rescale.search_kernels import CODEBOOK, INTEGER, SYMMETRIC
@@ -251,6 +263,12 @@ def _parameters(entry: Format, columns: int) -> tuple[int, float, int, NDArray[n
     book = np.concatenate(codebook(entry.levels.book)) if entry.levels.book else np.zeros(31)
     size = min(entry.scope.size or columns, columns)
     return kind, float(entry.levels.top), size, book.astype(np.float32)
+
+
+def predicted(readers: Sequence[Reader], formats: Sequence[Format], scales: Scales) -> dict[str, float]:
+    """Return the damage on the held-out text by format."""
+    works = [_Work.of(reader, formats) for reader in readers]
+    return dict(zip((entry.name for entry in formats), _damages(works, scales).tolist(), strict=True))
 
 
 def _damages(works: Sequence[_Work], scales: Scales, held_out: bool = True) -> NDArray[np.float64]:

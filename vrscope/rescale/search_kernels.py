@@ -11,12 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.compiling import compiled
+from vrscope.quant.kernels import nearest
 
 INTEGER, SYMMETRIC, CODEBOOK = range(3)
 Singles = NDArray[np.float32]
 Longs = NDArray[np.int64]
 
 _ZERO = np.float32(0)
+
+
+@compiled
+def codes_of(book: Singles) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
+    """Return the codes and the bounds of a code book of 16 codes and 15 bounds as tuples, which stay in registers."""
+    b = book
+    code = (b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15])
+    return code, (
+        *(b[16], b[17], b[18], b[19], b[20], b[21], b[22], b[23], b[24], b[25], b[26], b[27], b[28], b[29], b[30]),
+    )
 
 
 @compiled
@@ -44,12 +55,9 @@ def _round(v: Singles, n: int, span: tuple[np.float32, np.float32], kind: int, t
                     v[j] = np.rint(v[j] * inverse) * step
             else:
                 inverse = np.float32(1) / largest
+                code, bounds = codes_of(book)
                 for j in range(n):
-                    x = v[j] * inverse
-                    y = book[0]
-                    for t in range(15):
-                        y = book[t + 1] if x > book[16 + t] else y
-                    v[j] = y * largest
+                    v[j] = nearest(v[j] * inverse, bounds, code) * largest
 
 
 @compiled

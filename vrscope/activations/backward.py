@@ -1,0 +1,60 @@
+"""One window through a running model forwards and backwards, for what watches its linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vrscope.activations.capture import OnLinear, SiteMap, watching
+from vrscope.quant.loading import LoadedModel, limits_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def run_backward(
+    loaded: LoadedModel,
+    sites: SiteMap,
+    window: tuple[int, ...],
+    on_linear: OnLinear,
+    loss: Callable[[Tensor], Tensor],
+) -> float:
+    """Run one window both ways and return its loss; if that is not finite, nothing is run backwards.
+
+    Parameters
+    ----------
+    loaded, sites
+        The model, and where its linear weights are.
+    window
+        The tokens.
+    on_linear
+        As in `watching`; a hook registered on the output gets its gradient `(tokens, out)`.
+    loss
+        From the float32 output, `(tokens, vocabulary)` or `(tokens, hidden)`, to one number.
+
+    Raises
+    ------
+    ModelError
+        If memory runs out, or the model has too few positions.
+    """
+    import torch
+
+    def differentiable(module: object, arguments: object, output: Tensor) -> Tensor:
+        del module, arguments
+        return output.detach().requires_grad_(True)
+
+    handle = loaded.model.get_input_embeddings().register_forward_hook(differentiable)
+    ids = torch.tensor([window], device=loaded.device)
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        with limits_named(loaded.name, len(window)), torch.enable_grad(), watching(sites, on_linear):
+            if loaded.causal:
+                output = loaded.model(**arguments, use_cache=False).logits[0].float()
+            else:
+                output = loaded.model(**arguments).last_hidden_state[0].float()
+            found = loss(output)
+            if bool(torch.isfinite(found)):
+                found.backward()  # type: ignore[no-untyped-call]
+    finally:
+        handle.remove()
+    return float(found.detach())

@@ -1,0 +1,254 @@
+"""Moves of single scales that undo what all rounding errors together do to the output, as the rounded model shows it.
+
+The search takes errors of different weights to be unrelated; in a rounded model they add up. The slope of the damage by
+every weight, at the rounded weights, says which way an error would have to change. For every move of every scale the
+gain to first order is known from that (`look`), and what it costs by the importance of the weights; moves are made
+where gain > penalty * cost. How large the penalty has to be, so that moves which were not chosen together do not
+overshoot, is found by running the model on text that the slopes are not from; where no penalty helps there, nothing
+moves. The idea of choosing between roundings by their first-order effect is that of AdaRound (arXiv 2004.10568); here
+the choice is among exponents and signs that leave the unrounded function as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrscope.activations.capture import oriented
+from vrscope.activations.importance import Calibration
+from vrscope.activations.trial import Rounding, Trial
+from vrscope.arch.binding import Binding
+from vrscope.arch.spaces import Space
+from vrscope.checkpoint.source import Checkpoint
+from vrscope.executors import Executor
+from vrscope.progress import Progress
+from vrscope.quant.formats import Format
+from vrscope.rescale.plan import EXPONENT, POW2, RescalePlan
+from vrscope.rescale.readers import Reader, may_turn, readers_of
+from vrscope.rescale.scaling import TensorScale, tensor_scales
+from vrscope.rescale.search import Scales, unit_parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STAGE = "refining scales on the rounded model"
+PENALTY, STEP = 64.0, 2**0.5  # first tried, and from one to the next
+LEAST, MOST = 8.0, 512.0
+_DIRECTIONS = (-1, 1, 0)  # of the exponent; 0 is the other sign
+
+Chosen = Mapping[str, Scales]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refinement:
+    """What scales are refined on.
+
+    Attributes
+    ----------
+    binding, checkpoint, calibration
+        The calibration with its trial.
+    spaces
+        Those whose scales may move.
+    formats
+        What to lower the damage of, with the weight of each.
+    limit
+        Largest magnitude of an exponent.
+    executor, progress
+        Who works, and who is told.
+    """
+
+    binding: Binding
+    checkpoint: Checkpoint
+    calibration: Calibration
+    spaces: Sequence[Space]
+    formats: Sequence[tuple[Format, float]]
+    limit: int
+    executor: Executor
+    progress: Progress
+
+
+def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
+    """Return scales after some rounds of moves.
+
+    Slopes are from every second window of the text, the penalty is chosen on the others, and rounds take turns.
+
+    Parameters
+    ----------
+    task
+        On what.
+    chosen
+        Scales to start from, by the name of the space; a space that is missing has none.
+    rounds
+        At most so many; a round in which nothing helps is followed by one on the other half, then by none.
+    """
+    trial = task.calibration.trial
+    assert trial is not None
+    windows = range(len(trial.sample.windows))
+    halves = windows[::2], windows[1::2]
+    penalty, idle = PENALTY, 0
+    for number in range(rounds):
+        clock = _Clock(task, number, rounds)
+        candidates = _look(task, chosen, trial, halves[number % 2], clock)
+
+        def measured(scales: Chosen, on: range = halves[1 - number % 2], clock: _Clock = clock) -> float:
+            value = 0.0
+            for entry, share in task.formats:
+                with trial.rounded(_rounding(task, entry, scales)):
+                    value += share * trial.damage(on)
+                clock.tick()
+            return value
+
+        found, penalty = _best(candidates, chosen, penalty, measured)
+        clock.finish()
+        idle = idle + 1 if found is chosen else 0
+        if idle == len(halves):
+            break
+        chosen = found
+    return chosen
+
+
+class _Clock:
+    """Tells of the steps of one round, as many as it can take at most."""
+
+    def __init__(self, task: Refinement, number: int, rounds: int) -> None:
+        self._progress = task.progress
+        self._each = (2 + 1 + 5) * len(task.formats)
+        self._done, self._total = number * self._each, rounds * self._each
+        self._end = self._done + self._each
+
+    def tick(self) -> None:
+        """Tell of one more step."""
+        self._done = min(self._done + 1, self._end)
+        self._progress(STAGE, self._done, self._total, "steps")
+
+    def finish(self) -> None:
+        """Tell that the round is over."""
+        self._progress(STAGE, self._end, self._total, "steps")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidates:
+    """All moves of the scales of one space: what each gains and costs, both of shape `(3, size)`; -inf if ruled out."""
+
+    gain: NDArray[np.float64]
+    cost: NDArray[np.float64]
+
+    def made(self, scales: Scales, penalty: float) -> Scales:
+        """Return the scales after the best move of each, if that is worth it."""
+        value = self.gain - penalty * self.cost
+        best = np.argmax(value, axis=0)
+        moves = np.take_along_axis(value, best[None], axis=0)[0] > 0
+        directions = np.array(_DIRECTIONS)[best]
+        return Scales(scales.exponents + np.where(moves, directions, 0), scales.negative ^ (moves & (directions == 0)))
+
+
+def _best(
+    candidates: Mapping[str, _Candidates], chosen: Chosen, penalty: float, measured: Callable[[Chosen], float]
+) -> tuple[Chosen, float]:
+    """Return the scales that measure best, `chosen` itself if no moves help, and the penalty of their moves.
+
+    Penalties from the one given on are tried downwards as long as they help more, then upwards likewise.
+    """
+    best, least, kept = chosen, measured(chosen), penalty
+
+    def helps(tried: float) -> bool:
+        nonlocal best, least, kept
+        trying = {**chosen, **{name: own.made(chosen[name], tried) for name, own in candidates.items()}}
+        value = measured(trying)
+        if better := value < least:
+            best, least, kept = trying, value, tried
+        return better
+
+    first = tried = penalty
+    while tried >= LEAST and helps(tried):
+        tried /= STEP
+    if kept == first:
+        tried = first * STEP
+        while tried <= MOST and (helps(tried) or best is chosen):
+            tried *= STEP
+    return best, kept
+
+
+def _look(
+    task: Refinement, chosen: Chosen, trial: Trial, windows: Sequence[int], clock: _Clock
+) -> dict[str, _Candidates]:
+    """Return the moves of the scales of every space, with the slopes on some windows, over all formats."""
+    candidates: dict[str, _Candidates] = {}
+    entries = [entry for entry, _ in task.formats]
+    signed = {space.name for space in task.spaces if may_turn(space, task.binding, entries)}
+    for entry, share in task.formats:
+        with trial.rounded(_rounding(task, entry, chosen)):
+            slopes = trial.slopes(windows)
+        clock.tick()
+
+        def one(space: Space, entry: Format = entry, slopes: Mapping[str, NDArray[np.float32]] = slopes) -> _Candidates:
+            found = _Candidates(np.zeros((3, space.size)), np.zeros((3, space.size)))
+            for reader in readers_of(space, task.binding, task.checkpoint, task.calibration, slopes):
+                _add(reader, entry, chosen[space.name], found)
+            return found
+
+        for space, found in zip(task.spaces, task.executor.map(one, task.spaces), strict=True):
+            own = candidates.setdefault(space.name, _Candidates(np.zeros_like(found.gain), np.zeros_like(found.cost)))
+            own.gain[:] += share * found.gain
+            own.cost[:] += share * found.cost
+        clock.tick()
+    for name, own in candidates.items():
+        own.gain[0, chosen[name].exponents <= -task.limit] = -np.inf
+        own.gain[1, chosen[name].exponents >= task.limit] = -np.inf
+        if name not in signed:
+            own.gain[2] = -np.inf
+    return candidates
+
+
+def _add(reader: Reader, entry: Format, scales: Scales, found: _Candidates) -> None:
+    """Add what one reader gains and pays for every move."""
+    from vrscope.rescale.move_kernels import look
+
+    assert reader.slope is not None
+    factors = scales.factors(reader.ids, reader.power)
+    moves = np.array([2.0 ** (reader.power * step) if step else -1.0 for step in _DIRECTIONS], np.float32)
+    sums = np.zeros((2, moves.size, reader.weight.shape[1]))
+    kind, top, size, book = unit_parameters(entry, reader.weight.shape[1])
+    format_ = (kind, np.float32(top), size, book)
+    look(reader.weight, reader.importance, reader.slope, factors, format_, moves, sums[0], sums[1])
+    used = reader.ids >= 0
+    for move in range(moves.size):
+        np.add.at(found.gain[move], reader.ids[used], sums[0, move, used])
+        np.add.at(found.cost[move], reader.ids[used], sums[1, move, used])
+
+
+def _rounding(task: Refinement, entry: Format, chosen: Chosen) -> Rounding:
+    """Return how a stored weight is rounded: scaled by the plan, through the format, and scaled back."""
+    spaces = {name: scales.exponents.astype(EXPONENT) for name, scales in chosen.items()}
+    negative = {name: scales.negative for name, scales in chosen.items() if scales.negative.any()}
+    plan = RescalePlan(task.binding.family, "", {}, POW2, spaces, "", negative=negative)
+    scales = tensor_scales(task.binding, plan)
+
+    def rounding(name: str, values: Tensor) -> Tensor:
+        import torch
+
+        parts = _factors(scales[name]) if name in scales else ()
+        for part in parts:
+            values = values * part
+        rounded = torch.empty_like(values)
+        source, target = (oriented(tensor, task.binding.roles[name]) for tensor in (values, rounded))
+        for at in np.ndindex(*source.shape[:-2]):
+            target[at] = entry.roundtrip(source[at].contiguous())
+        for part in parts:
+            rounded = rounded / part
+        return rounded
+
+    return rounding
+
+
+def _factors(scale: TensorScale) -> tuple[Tensor, ...]:
+    """Return the scales of a tensor as float32 factors that broadcast against it."""
+    import torch
+
+    found = [np.ldexp(np.float32(1), exponents) for exponents in scale.exponents]
+    found += [np.where(negative, np.float32(-1), np.float32(1)) for negative in scale.negative]
+    return tuple(torch.from_numpy(np.ascontiguousarray(factor, np.float32)) for factor in found)
