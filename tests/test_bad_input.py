@@ -133,7 +133,7 @@ def test_a_check_says_where_activations_stop_being_finite(
         ("analyze", 4 << 20, "Use --dtype bfloat16 if the command has it, fewer --tokens, or a larger machine."),
         ("sensitivity", 24 << 20, "Use --dtype bfloat16 if the command has it, fewer --tokens, or a larger machine."),
         ("recipe", 24 << 20, "Use --dtype bfloat16 if the command has it, fewer --tokens, or a larger machine."),
-        ("plan", 12 << 20, "Use a larger machine, or a method without calibration"),
+        ("plan", 12 << 20, "Use a larger machine, --rounds 0, or a method without calibration"),
     ],
 )
 def test_too_little_memory_is_said_before_it_runs_out(
