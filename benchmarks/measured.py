@@ -53,6 +53,8 @@ class Command:
         self._remove()
         with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as said:
             environment = os.environ | ({"NUMBA_CACHE_DIR": cache} if self.fresh_cache else {})
+            # Python would compile modules anew for each process; those that pip installed are compiled.
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)
             started = time.perf_counter()
             process = subprocess.Popen(self.words, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
             try:

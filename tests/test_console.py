@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 import sys
@@ -117,3 +118,19 @@ def test_the_rate_leaves_out_what_was_done_when_the_stage_was_first_seen(monkeyp
         now[0] = 20.0
         progress("reading", 30 * 10**9, 40 * 10**9, "bytes")
     assert stream.getvalue() == "vrscope: reading 75%, 0.50 GB/s, 20 s left\n"
+
+
+def test_garbage_is_looked_for_again_once_the_work_begins() -> None:
+    told: list[int] = []
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        progress = console.Starting(lambda stage, done, total, unit: told.append(done))
+        assert not gc.isenabled()
+        progress("reading", 0, 2, "bytes")
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+        progress("reading", 1, 2, "bytes")
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert told == [0, 1]

@@ -13,7 +13,9 @@ from builders import raw_safetensors, write_checkpoint, write_safetensors
 from rewriting import SHARDS, assert_tidy, names, run, same, tree, write_model
 from safetensors.torch import load_file
 
-from vrscope.checkpoint.source import Checkpoint, RowBlock, TensorInfo, open_checkpoint
+from vrscope.checkpoint.header import read_header
+from vrscope.checkpoint.source import BlockPlace, Checkpoint, RowBlock, TensorInfo, open_checkpoint
+from vrscope.checkpoint.staging import reserve
 from vrscope.errors import VerificationError
 
 
@@ -127,6 +129,43 @@ def test_the_proof_sees_the_finished_copy_before_it_is_in_place(model: Path, tmp
     with pytest.raises(VerificationError, match="no"):
         run(model, out, extra={"vrscope_plan.json": "ü"}, prove=prove)
     assert names(tmp_path) == ["model"]
+
+
+def test_every_block_is_shown_once_its_shard_is_whole(model: Path, tmp_path: Path) -> None:
+    seen: dict[str, int] = {}
+
+    def look(copy: Checkpoint, place: BlockPlace) -> None:
+        shard = copy.tensors[place.name].shard
+        assert copy.name == str(tmp_path / "out") and read_header(copy.folder / shard, shard).tensors
+        values = load_file(copy.folder / shard)
+        assert all(bool((value != 0).any()) for value in values.values() if value.numel())  # no tensor is missing
+        seen[place.name] = seen.get(place.name, 0) + place.rows * place.columns
+
+    calls: list[tuple[str, int, int, str]] = []
+    run(model, tmp_path / "out", prove_block=look, progress=lambda *call: calls.append(call))
+    sizes = {name: value.numel() for shard in SHARDS.values() for name, value in shard.items() if value.numel()}
+    assert seen == sizes
+    proved = [(done, total) for stage, done, total, _ in calls if stage == "proving"]
+    assert proved == sorted(proved) and proved[-1][0] == proved[-1][1]
+
+
+@pytest.mark.parametrize("name", ["z.weight", "ids", "scalar"])
+def test_one_block_that_is_rejected_rejects_the_copy(model: Path, tmp_path: Path, name: str) -> None:
+    def reject(copy: Checkpoint, place: BlockPlace) -> None:
+        if place.name == name:
+            message = f"{name} differs"
+            raise VerificationError(message)
+
+    with pytest.raises(VerificationError, match=f"{name} differs"):
+        run(model, tmp_path / "out", prove_block=reject)
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_place_is_reserved_or_left_alone(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        reserve(file.fileno(), 5000)
+        assert os.fstat(file.fileno()).st_size in (0, 5000)
+        reserve(file.fileno(), 0)
 
 
 # --- what is copied ---

@@ -10,10 +10,13 @@ import sys
 # operation then waits for the system to take the core from a spinning thread: runs take many times as long. Read when
 # torch is imported, which the commands do themselves.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The same of the threads of numpy and scipy: 2^4 instead of 2^26 turns, before which some of them have no work at all.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 
 def main() -> int:
     """Run the command that the process was started with and return its exit status, to end the process with."""
+    gc.disable()  # until the work begins (`console.Starting`): all that start-up makes stays, and it makes very much
     try:
         from vrscope import cli  # here, so that an interrupt while this is imported is one line too
 

@@ -37,7 +37,9 @@ def compiled(function: Function, **options: Any) -> Function:
 
 
 def rehearse(probe: Any, steps: Sequence[Callable[[], object]], progress: Progress) -> None:
-    """Compile what `steps` call, telling `progress`; nothing is done if this machine has compiled `probe` before.
+    """Compile what `steps` call, telling `progress`; if this machine has compiled `probe` before, load it in silence.
+
+    Threads that start after it find every loop ready, and do not wait for each other to load it.
 
     Parameters
     ----------
@@ -49,6 +51,8 @@ def rehearse(probe: Any, steps: Sequence[Callable[[], object]], progress: Progre
         Told of the steps.
     """
     if _on_disk(probe):
+        for step in steps:
+            step()
         return
     for number, step in enumerate(steps):
         progress(STAGE, number, len(steps), "steps")

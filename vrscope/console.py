@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error. Used by the co
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -88,6 +89,22 @@ def progress_display(quiet: bool) -> Iterator[Progress]:
             yield _Bars(bars)
     else:
         yield _Lines(time.monotonic())
+
+
+@dataclass(slots=True)
+class Starting:
+    """Passes progress on; the first sign of work ends the start of the process, where garbage was not looked for."""
+
+    shown: Progress
+    over: bool = field(default_factory=gc.isenabled)
+
+    def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
+        """Take note of progress."""
+        if not self.over:
+            self.over = True
+            gc.freeze()  # what was made so far stays to the end, and is not looked through again and again
+            gc.enable()
+        self.shown(stage, done, total, unit)
 
 
 def _bars() -> Bars:

@@ -31,7 +31,11 @@ class Serial:
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """Runs items on `count` threads; at most twice as many items as threads are in flight, so memory stays flat."""
+    """Runs items on `count` threads.
+
+    At most four times as many items as threads are in flight: few, so that memory stays flat; and enough that threads
+    have work while the caller is busy with a result.
+    """
 
     count: int
 
@@ -42,7 +46,7 @@ class Threads:
             try:
                 for item in items:
                     waiting.append(pool.submit(function, item))
-                    if len(waiting) >= 2 * self.count:
+                    if len(waiting) >= 4 * self.count:
                         yield waiting.pop(0).result()
                 for future in waiting:
                     yield future.result()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,11 @@ class Output:
     quiet: bool
     rules: tuple[Rule, ...] = ()
 
-    def progress(self) -> AbstractContextManager[Progress]:
-        """Return a context whose value takes progress and shows it where somebody looks."""
-        return console.progress_display(self.quiet)
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Yield what takes progress and shows it where somebody looks."""
+        with console.progress_display(self.quiet) as shown:
+            yield console.Starting(shown)
 
     def finish(self, report: Report, everything: bool = False, wrote: Sequence[Path] = ()) -> None:
         """Show a report and the files written, then end with status 3 if a rule is broken."""

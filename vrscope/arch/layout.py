@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,18 +53,24 @@ def parse_layout(text: str, where: str) -> Layout:
     FamilyError
         If `text` is not a layout; `where` names the declaration.
     """
+    layout = _parsed(text)
+    if layout is None:
+        message = f"{where}: {text!r} is not a layout. Write `a|b`, `n*(a|b)` or a name of a space."
+        raise FamilyError(message)
+    return layout
+
+
+@cache  # families say the same again and again
+def _parsed(text: str) -> Layout | None:
     tokens, position = [], 0
     while position < len(text.rstrip()):
         match = _TOKEN.match(text, position)
         if match is None:
-            break
+            return None
         tokens.append(match.group(1).replace(" ", ""))
         position = match.end()
-    layout, rest = _concat(tokens) if position >= len(text.rstrip()) and tokens else (None, tokens)
-    if layout is None or rest:
-        message = f"{where}: {text!r} is not a layout. Write `a|b`, `n*(a|b)` or a name of a space."
-        raise FamilyError(message)
-    return layout
+    layout, rest = _concat(tokens) if tokens else (None, tokens)
+    return None if rest else layout
 
 
 def _concat(tokens: list[str]) -> tuple[Layout | None, list[str]]:

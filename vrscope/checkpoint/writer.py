@@ -1,7 +1,8 @@
 """Write a checkpoint again with other values: same shards, names, order, dtypes and metadata, streamed block by block.
 
 In: an opened checkpoint and a function from row block to row block. Out: a complete folder, synced to disk and proved
-by the caller before it takes its place, or nothing at all.
+by the caller before it takes its place, or nothing at all. Each shard is proved while the next one is written, so that
+it is read back from memory where it still is.
 """
 
 from __future__ import annotations
@@ -11,19 +12,32 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vrscope.checkpoint.companions import companion_files
 from vrscope.checkpoint.header import read_header
 from vrscope.checkpoint.layout import printable
+from vrscope.checkpoint.pieces import (
+    PIECE_BYTES,
+    changed,
+    flush_and_close,
+    open_source,
+    read_at,
+    source_errors,
+    stretches,
+    write_all,
+    write_at,
+)
 from vrscope.checkpoint.room import Room
 from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo, open_checkpoint
-from vrscope.checkpoint.staging import check_replaceable, output_errors, staged, sync_folders
-from vrscope.errors import CheckpointError, OutputError, VerificationError
+from vrscope.checkpoint.staging import check_replaceable, output_errors, reserve, staged, sync_folders
+from vrscope.errors import OutputError, VerificationError
 from vrscope.executors import default_executor
 
 if TYPE_CHECKING:
@@ -34,9 +48,11 @@ if TYPE_CHECKING:
     from vrscope.progress import Progress
 
 Transform = Callable[[TensorInfo, StoredBlock], "torch.Tensor | NDArray[np.unsignedinteger]"]
+Job = Callable[[], tuple[str, int]]  # returns the stage it belongs to and its bytes
 
-_COPY_BYTES = 1 << 20
+WRITING, PROVING = "writing", "proving"
 _BLOCK_BYTES = 4 << 20
+_FLUSH_BYTES = 1 << 28  # so that the disk has little left to do in the end
 _SLACK_BYTES = 4 << 20  # for folders and rounding to file system blocks
 
 
@@ -49,6 +65,7 @@ def rewrite(
     force: bool,
     prove: Callable[[Checkpoint], None],
     progress: Progress,
+    prove_block: Callable[[Checkpoint, BlockPlace], object] | None = None,
 ) -> None:
     """Write `source` to the folder `out` with the values that `transform` gives.
 
@@ -72,7 +89,10 @@ def rewrite(
     prove
         Called with the finished copy while it is still hidden; raises to reject it.
     progress
-        Told of the bytes written.
+        Told of the bytes written and of those proved.
+    prove_block
+        Called with the copy, on any thread, for each block of each tensor whose shard is written whole; raises to
+        reject the copy.
 
     Raises
     ------
@@ -85,86 +105,131 @@ def rewrite(
     """
     target, files, total = _checked(source, out, extra, force=force)
     with staged(target, force=force) as folder, ThreadPoolExecutor(1) as background:
-        writer = _Writer(source, folder, target, progress, total, background)
+        writer = _Writer(source, folder, target, out, progress, total, background, prove_block)
         for shard in source.shards:
             writer.shard(shard, transform)
+        writer.prove_rest()
         for name in files:
             writer.copy(name)
         for name, text in extra.items():
             writer.text(name, text)
         copy = open_checkpoint(folder / (source.index or source.shards[0]))
+        if copy.tensors != source.tensors:  # by these places it was written and proved
+            raise changed(source.folder)
         prove(dataclasses.replace(copy, name=str(out)))
         writer.sync()
 
 
 @dataclass(slots=True)
 class _Writer:
-    """Writes the files of one copy and counts their bytes."""
+    """Writes the files of one copy, has them proved, and counts their bytes."""
 
     source: Checkpoint
     folder: Path
     target: Path
+    out: Path
     progress: Progress
     total: int
     background: Executor
+    prove_block: Callable[[Checkpoint, BlockPlace], object] | None
     done: int = 0
+    proved: int = 0
+    unproved: list[TensorInfo] = field(default_factory=list)  # of the shard written last
     flushing: list[Future[None]] = field(default_factory=list)
 
     def shard(self, shard: str, transform: Transform) -> None:
-        """Write one shard: its header as it is, then the transformed tensors."""
+        """Write one shard: its header as it is, then the transformed tensors; prove the one before in between."""
         path = self.source.folder / shard
         header = read_header(path, shard)
         tensors = tuple(info for info in self.source.tensors.values() if info.shard == shard)
         if header.tensors != tensors:
-            message = f"{printable(path)}: was changed while it was read. Start again when nothing writes to it."
-            raise CheckpointError(message)
-        with _open_source(path) as original, self._new(shard) as file:
+            raise changed(path)
+        with open_source(path) as original, self._new(shard) as file:
+            with output_errors(self.target):
+                reserve(file.fileno(), max((info.end for info in tensors), default=header.data_start))
             self._stretch(file, original, header.data_start)
-            for count in default_executor().map(self._mover(original, file, transform), self._pieces(tensors)):
-                self._count(count)
+            self._run(_in_turn(self._moves(original, file, transform, tensors), self._proofs()), file)
             self._finish(file, path)
+        self.unproved = list(tensors)
 
-    def _pieces(self, tensors: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, BlockPlace | range]]:
-        """Yield what to write in order: blocks of float tensors, and stretches of bytes of the others."""
-        for info in tensors:
-            if info.is_float:
-                yield from ((info, place) for place in self.source.block_places(info.name, _BLOCK_BYTES))
+    def prove_rest(self) -> None:
+        """Prove the shard that was written last."""
+        self._run(self._proofs())
+
+    def _run(self, jobs: Iterable[Job], file: IO[bytes] | None = None) -> None:
+        """Run jobs on all cores and tell of their progress; begin to flush the `file` they write now and then."""
+        flushed = self.done
+        size = sum(info.size_bytes for info in self.source.tensors.values())
+        for stage, count in default_executor().map(_call, jobs):
+            if stage == PROVING:
+                self.proved += count
+                self.progress(PROVING, self.proved, size, "bytes")
             else:
-                for first in range(info.start, info.end, _COPY_BYTES):
-                    yield info, range(first, min(first + _COPY_BYTES, info.end))
+                self._count(count)
+                if file is not None and self.done - flushed >= _FLUSH_BYTES:
+                    self._flush(file)
+                    flushed = self.done
 
-    def _mover(
-        self, original: IO[bytes], file: IO[bytes], transform: Transform
-    ) -> Callable[[tuple[TensorInfo, BlockPlace | range]], int]:
-        """Return the function that reads, transforms and writes one piece, on any thread, and returns its bytes."""
+    def _flush(self, file: IO[bytes]) -> None:
+        """Begin to flush a file to the disk, beside the work that follows."""
+        self.flushing.append(self.background.submit(flush_and_close, os.dup(file.fileno())))
+
+    def _proofs(self) -> Iterator[Job]:
+        """Yield the proofs of the shard written last, block by block."""
+        if self.prove_block is None:
+            return
+        # Headers are copied as they are, so the tensors lie where they do in the source.
+        copy = dataclasses.replace(self.source, name=str(self.out), folder=self.folder)
+        for info in self.unproved:
+            for place in self.source.block_places(info.name, _BLOCK_BYTES):
+                yield partial(self._prove, self.prove_block, copy, place)
+
+    def _prove(
+        self, prove_block: Callable[[Checkpoint, BlockPlace], object], copy: Checkpoint, place: BlockPlace
+    ) -> tuple[str, int]:
+        prove_block(copy, place)
+        info = self.source.tensors[place.name]
+        return PROVING, place.rows * place.columns * info.size_bytes // info.numel
+
+    def _moves(
+        self, original: IO[bytes], file: IO[bytes], transform: Transform, tensors: Sequence[TensorInfo]
+    ) -> Iterator[Job]:
+        """Yield what reads, transforms and writes one piece: a block of a float tensor, or a stretch of another."""
         room = Room()
 
-        def move(piece: tuple[TensorInfo, BlockPlace | range]) -> int:
-            info, place = piece
+        def move(info: TensorInfo, place: BlockPlace | range) -> tuple[str, int]:
             data: bytes | memoryview
             if isinstance(place, range):
-                data, position = _read_at(original, place), place.start
+                data, position = read_at(original, place), place.start
             else:
                 block = self.source.read_stored(place, room)
                 data, position = _checked_bytes(info, block, transform(info, block)), self.source.position(place)
             with output_errors(self.target):
-                _write_at(file, data, position)
-            return len(data)
+                write_at(file, data, position)
+            return WRITING, len(data)
 
-        return move
+        for info in tensors:
+            places: Iterable[BlockPlace | range]
+            if info.is_float:
+                places = self.source.block_places(info.name, _BLOCK_BYTES)
+            else:
+                starts = range(info.start, info.end, PIECE_BYTES)
+                places = (range(first, min(first + PIECE_BYTES, info.end)) for first in starts)
+            for place in places:
+                yield partial(move, info, place)
 
     def copy(self, name: str) -> None:
         """Copy one file by content, also where it is a link."""
         path = self.source.folder / name
-        with _open_source(path) as original, self._new(name) as file:
+        with open_source(path) as original, self._new(name) as file:
             self._stretch(file, original, os.fstat(original.fileno()).st_size)
             self._finish(file, path)
 
     def text(self, name: str, text: str) -> None:
         """Write one file of text."""
         with self._new(name) as file, output_errors(self.target):
-            _write_all(file, text.encode("utf-8"))
-            os.fsync(file.fileno())
+            write_all(file, text.encode("utf-8"))
+            self._flush(file)
 
     def sync(self) -> None:
         """Wait until all files are on the disk, then flush the folders."""
@@ -181,16 +246,16 @@ class _Writer:
 
     def _put(self, file: IO[bytes], data: bytes | memoryview) -> None:
         with output_errors(self.target):
-            _write_all(file, data)
+            write_all(file, data)
         self._count(len(data))
 
     def _count(self, count: int) -> None:
         self.done += count
-        self.progress("writing", self.done, self.total, "bytes")
+        self.progress(WRITING, self.done, self.total, "bytes")
 
     def _stretch(self, file: IO[bytes], original: IO[bytes], count: int, start: int = 0) -> None:
         """Copy `count` bytes from byte `start` of `original`."""
-        for data in _stretches(original, start, count):
+        for data in stretches(original, start, count):
             self._put(file, data)
 
     def _finish(self, file: IO[bytes], original: Path) -> None:
@@ -198,15 +263,17 @@ class _Writer:
         with output_errors(self.target):
             with contextlib.suppress(PermissionError):  # some file systems have no permissions
                 os.fchmod(file.fileno(), stat.S_IMODE(original.stat().st_mode) | stat.S_IWUSR)
-            self.flushing.append(self.background.submit(_flush, os.dup(file.fileno())))  # beside the work that follows
+            self._flush(file)
 
 
-def _flush(handle: int) -> None:
-    """Flush a file to the disk and close this handle of it."""
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _call(job: Job) -> tuple[str, int]:
+    return job()
+
+
+def _in_turn(first: Iterator[Job], second: Iterator[Job]) -> Iterator[Job]:
+    """Yield jobs of both in turn, then the rest of the longer."""
+    for pair in zip_longest(first, second):
+        yield from (job for job in pair if job is not None)
 
 
 def check_target(source: Checkpoint, out: Path, *, force: bool) -> None:
@@ -225,67 +292,13 @@ def _checked(
 ) -> tuple[Path, tuple[str, ...], int]:
     """Return the folder to write, the files to copy beside the weights, and the bytes of it all."""
     target = Path(os.path.realpath(out))
-    with _source_errors(source.folder):
+    with source_errors(source.folder):
         files = companion_files(source, without={*extra, "vrscope_plan.json"})
         total = sum((source.folder / name).stat().st_size for name in (*source.shards, *files))
     _check_apart(source, target, files, out)
     check_replaceable(target, force=force)
     _check_space(target, total + sum(len(text.encode()) for text in extra.values()))
     return target, files, total
-
-
-def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
-    """Write all bytes to an unbuffered file, in calls of a size that file systems take at full speed."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest[:_COPY_BYTES]) :]
-
-
-def _write_at(file: IO[bytes], data: bytes | memoryview, position: int) -> None:
-    """Write all bytes at `position` without moving the file's own; may be called on any thread."""
-    rest = memoryview(data)
-    while rest:
-        count = os.pwrite(file.fileno(), rest[:_COPY_BYTES], position)
-        position += count
-        rest = rest[count:]
-
-
-@contextlib.contextmanager
-def _source_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system error of the block into a CheckpointError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{printable(path)}: cannot be read ({error.strerror or error}). Check the file and its permissions."
-        raise CheckpointError(message) from error
-
-
-def _open_source(path: Path) -> IO[bytes]:
-    with _source_errors(path):
-        return path.open("rb")
-
-
-def _read_at(file: IO[bytes], place: range) -> bytes:
-    """Return the bytes at `place` without moving the file's position."""
-    with _source_errors(Path(file.name)):
-        data = os.pread(file.fileno(), len(place), place.start)
-    if len(data) < len(place):
-        message = f"{printable(file.name)}: was changed while it was read. Start again when nothing writes to it."
-        raise CheckpointError(message)
-    return data
-
-
-def _stretches(file: IO[bytes], start: int, count: int) -> Iterator[bytes]:
-    """Yield `count` bytes from `start` on, in pieces."""
-    file.seek(start)
-    while count > 0:
-        with _source_errors(Path(file.name)):
-            data = file.read(min(count, _COPY_BYTES))
-        if not data:
-            message = f"{printable(file.name)}: was changed while it was read. Start again when nothing writes to it."
-            raise CheckpointError(message)
-        count -= len(data)
-        yield data
 
 
 def _checked_bytes(

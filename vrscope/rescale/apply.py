@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,11 @@ from vrscope.arch.binding import Binding
 from vrscope.checkpoint.room import Room
 from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.writer import rewrite
+from vrscope.compiling import rehearse
 from vrscope.progress import Progress
-from vrscope.rescale.plan import PLAN_FILE, RescalePlan
+from vrscope.rescale.plan import PLAN_FILE, POW2, RescalePlan
 from vrscope.rescale.scaling import check_plan, require_finite, scaled_bits, tensor_scales
-from vrscope.rescale.verify import prove
+from vrscope.rescale.verify import BlockProof, rehearsal, require_same_shape
 from vrscope.tables import write_text
 
 if TYPE_CHECKING:
@@ -52,6 +54,11 @@ def apply_plan(
     check_plan(plan, binding, fingerprint, checkpoint.name)
     scales = tensor_scales(binding, plan)
     done = replace(plan, source=fingerprint)
+    if plan.scales == POW2:
+        from vrscope.rescale.kernels import largest_pattern
+
+        dtypes = {info.dtype for info in checkpoint.tensors.values() if info.is_float}
+        rehearse(largest_pattern, [partial(rehearsal, dtype) for dtype in sorted(dtypes)], progress)
     room = Room()
 
     def transform(info: TensorInfo, block: StoredBlock) -> NDArray[np.unsignedinteger]:
@@ -61,7 +68,7 @@ def apply_plan(
 
     def proof(copy: Checkpoint) -> None:
         nonlocal done
-        prove(checkpoint, copy, binding, done, progress)
+        require_same_shape(checkpoint, copy)
         done = replace(done, result=copy.fingerprint())
         write_text(copy.folder / PLAN_FILE, done.to_json())
         if accept is not None:
@@ -75,5 +82,6 @@ def apply_plan(
         force=force,
         prove=proof,
         progress=progress,
+        prove_block=BlockProof(checkpoint, tensor_scales(binding, done)),  # derived anew, not those that were applied
     )
     return done

@@ -7,6 +7,8 @@ normal range, the caller is told and decides. Importing this module imports numb
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,6 @@ def _summing(function: Any) -> Any:
     return compiled(function, fastmath={"reassoc", "contract", "nsz", "nnan"})
 
 
-@compiled
 def shift_exponents(
     bits: NDArray[np.unsignedinteger],
     moved: NDArray[np.unsignedinteger],
@@ -31,7 +32,7 @@ def shift_exponents(
     mantissa_bits: int,
     magnitude_mask: int,
     largest_exponent: int,
-) -> Any:
+) -> bool:
     """Write `bits` with `rows[i] + columns[j]` added to the exponent of every element; return whether all could be.
 
     Parameters
@@ -50,25 +51,46 @@ def shift_exponents(
     largest_exponent
         Largest exponent field of its normal numbers.
     """
-    kind, lane = bits.dtype.type, columns.dtype.type
-    mantissa, magnitude, largest = lane(mantissa_bits), lane(magnitude_mask), lane(largest_exponent)
-    complete = True
-    for i in range(bits.shape[0]):
-        values, out = bits[i], moved[i]
-        row = lane(rows[i])
-        lost = lane(0)
-        for j in range(values.size):
-            move = lane(row + columns[j])
-            absolute = lane(lane(values[j]) & magnitude)
-            field = lane(absolute >> mantissa)
-            target = lane(field + move)
-            touched = (move != 0) & (absolute != 0)
-            bad = touched & ((field == 0) | (target < 1) | (target > largest))
-            lost = lane(lost | lane(bad))
-            step = lane(move << mantissa) if touched & ~bad else lane(0)
-            out[j] = kind(lane(values[j]) + step)
-        complete &= lost == 0
-    return complete
+    return bool(_shifting(mantissa_bits)(bits, moved, rows, columns, magnitude_mask, largest_exponent))
+
+
+@cache
+def _shifting(mantissa_bits: int) -> Callable[..., Any]:
+    """Return the loop of `shift_exponents` for one width of the mantissa.
+
+    Shifts by a number that the compiler knows take as many elements at a time as fit; others, four times fewer.
+    """
+
+    @compiled
+    def shift(
+        bits: NDArray[np.unsignedinteger],
+        moved: NDArray[np.unsignedinteger],
+        rows: NDArray[np.signedinteger],
+        columns: NDArray[np.signedinteger],
+        magnitude_mask: int,
+        largest_exponent: int,
+    ) -> Any:
+        kind, lane = bits.dtype.type, columns.dtype.type
+        magnitude, largest, zero = lane(magnitude_mask), lane(largest_exponent), lane(0)
+        complete = True
+        for i in range(bits.shape[0]):
+            values, out = bits[i], moved[i]
+            row = lane(rows[i])
+            lost = zero
+            for j in range(values.size):
+                move = lane(row + columns[j])
+                absolute = lane(lane(values[j]) & magnitude)
+                field = lane(absolute >> mantissa_bits)
+                target = lane(field + move)
+                step = lane(move << mantissa_bits) if absolute != 0 else zero
+                touched = move if absolute != 0 else zero
+                bad = (field == 0) | (target < 1) | (target > largest)
+                lost = lane(lost | (touched if bad else zero))
+                out[j] = kind(lane(values[j]) + step)
+            complete &= lost == 0
+        return complete
+
+    return shift
 
 
 @compiled

@@ -291,9 +291,10 @@ def _narrow(exponents: NDArray[Any]) -> NDArray[Any]:
 def _encode(values: NDArray[Any], scales: str) -> str | list[float]:
     if scales == FREE:
         return [float(value) for value in values]
-    edges = np.flatnonzero(np.diff(values)) + 1
-    runs = zip(np.split(values, edges), strict=True) if len(values) else ()
-    return " ".join(f"{int(run[0])}x{len(run)}" if len(run) > 1 else f"{int(run[0])}" for (run,) in runs)
+    starts = np.flatnonzero(np.diff(values, prepend=values[:1] + 1))  # of runs of equal exponents
+    counts = np.diff(starts, append=len(values))
+    runs = zip(values[starts].tolist(), counts.tolist(), strict=True)
+    return " ".join(f"{exponent}x{count}" if count > 1 else f"{exponent}" for exponent, count in runs)
 
 
 def _decode(text: str | list[float], scales: str) -> NDArray[Any]:
@@ -303,11 +304,16 @@ def _decode(text: str | list[float], scales: str) -> NDArray[Any]:
             message = "factors must be finite and positive"
             raise ValueError(message)
         return factors
-    runs = []
-    for word in str(text).split():
-        match = _RUN.fullmatch(word)
-        if match is None or int(match[2] or 1) > 10**8 or abs(int(match[1])) > _LARGEST:
-            message = f"{word[:20]!r} is not an exponent"
-            raise ValueError(message)
-        runs.append(np.full(int(match[2] or 1), int(match[1]), EXPONENT))
-    return np.concatenate(runs) if runs else np.zeros(0, EXPONENT)
+    words = str(text).split()
+    runs = {word: _run(word) for word in dict.fromkeys(words)}  # few differ
+    exponents = np.array([runs[word][0] for word in words], EXPONENT)
+    return np.repeat(exponents, np.array([runs[word][1] for word in words], np.int64))
+
+
+def _run(word: str) -> tuple[int, int]:
+    """Return an exponent and how often it follows itself."""
+    match = _RUN.fullmatch(word)
+    if match is None or int(match[2] or 1) > 10**8 or abs(int(match[1])) > _LARGEST:
+        message = f"{word[:20]!r} is not an exponent"
+        raise ValueError(message)
+    return int(match[1]), int(match[2] or 1)

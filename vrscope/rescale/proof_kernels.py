@@ -7,6 +7,8 @@ numba.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,14 +47,13 @@ def _is_multiple(before: Any, after: Any, exponent: Any, layout: tuple[int, int,
     return number == other and (number == np.uint64(0) or scale + exponent == other_scale)
 
 
-@compiled
 def first_unequal(
     before: NDArray[np.unsignedinteger],
     after: NDArray[np.unsignedinteger],
     rows: NDArray[np.signedinteger],
     columns: NDArray[np.signedinteger],
     layout: tuple[int, int, int],
-) -> Any:
+) -> int:
     """Return the flat place of the first element where `after` is not `before * 2**(rows + columns)`, -1 if none.
 
     Parameters
@@ -67,26 +68,43 @@ def first_unequal(
     layout
         Bits of a value, bits of its mantissa, pattern of its largest finite magnitude.
     """
-    lane = columns.dtype.type
-    width, mantissa_bits, limit = layout
-    mantissa, most, one = lane(mantissa_bits), lane(limit), lane(1)
-    magnitude = lane((np.uint64(1) << np.uint64(width - 1)) - np.uint64(1))
-    field = lane(magnitude ^ ((one << mantissa) - one))
-    for i in range(before.shape[0]):
-        a, b, shifts = before[i], after[i], columns[i if columns.shape[0] > 1 else 0]
-        row = lane(rows[i])
-        doubtful = lane(0)
-        for j in range(a.size):
-            # Numbers with the same sign and mantissa, both normal, whose exponents differ as they should.
-            x, y = lane(a[j]), lane(b[j])
-            first, second = lane(x & magnitude), lane(y & magnitude)
-            e, f = lane(first >> mantissa), lane(second >> mantissa)
-            wrong = lane(lane(x ^ y) & ~field) | lane(lane(f - e) ^ lane(row + shifts[j]))
-            odd = (e == 0) | (f == 0) | (first > most) | (second > most)
-            doubtful = lane(doubtful | lane(wrong) | lane(odd))
-        if doubtful != 0:
+    return int(_comparing(layout[1])(before, after, rows, columns, layout))
+
+
+@cache
+def _comparing(mantissa_bits: int) -> Callable[..., Any]:
+    """Return the loop of `first_unequal` for one width of the mantissa, which the compiler then knows."""
+
+    @compiled
+    def compare(
+        before: NDArray[np.unsignedinteger],
+        after: NDArray[np.unsignedinteger],
+        rows: NDArray[np.signedinteger],
+        columns: NDArray[np.signedinteger],
+        layout: tuple[int, int, int],
+    ) -> Any:
+        lane = columns.dtype.type
+        width, _, limit = layout
+        most, zero, one = lane(limit), lane(0), lane(1)
+        magnitude = lane((np.uint64(1) << np.uint64(width - 1)) - np.uint64(1))
+        field = lane(magnitude ^ ((one << mantissa_bits) - one))
+        for i in range(before.shape[0]):
+            a, b, shifts = before[i], after[i], columns[i if columns.shape[0] > 1 else 0]
+            row = lane(rows[i])
+            doubtful = zero
             for j in range(a.size):
-                exponent = np.int64(row) + np.int64(shifts[j])
-                if not _is_multiple(np.uint64(a[j]), np.uint64(b[j]), exponent, layout):
-                    return i * before.shape[1] + j
-    return -1
+                # Numbers with the same sign and mantissa, both normal, whose exponents differ as they should.
+                x, y = lane(a[j]), lane(b[j])
+                first, second = lane(x & magnitude), lane(y & magnitude)
+                e, f = lane(first >> mantissa_bits), lane(second >> mantissa_bits)
+                wrong = lane(lane(x ^ y) & ~field) | lane(lane(f - e) ^ lane(row + shifts[j]))
+                odd = (e == 0) | (f == 0) | (first > most) | (second > most)
+                doubtful = lane(doubtful | lane(wrong) | (one if odd else zero))
+            if doubtful != 0:
+                for j in range(a.size):
+                    exponent = np.int64(row) + np.int64(shifts[j])
+                    if not _is_multiple(np.uint64(a[j]), np.uint64(b[j]), exponent, layout):
+                        return i * before.shape[1] + j
+        return -1
+
+    return compare

@@ -10,6 +10,8 @@ be the same, and the exponents must belong to spaces that were derived again fro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from vrscope.errors import VerificationError
 from vrscope.executors import default_executor
 from vrscope.progress import Progress
 from vrscope.rescale.plan import RescalePlan
-from vrscope.rescale.scaling import TensorScale, scale_block, tensor_scales
+from vrscope.rescale.scaling import TensorScale, require_finite, scale_block, scaled_bits, tensor_scales
 
 _BLOCK_BYTES = 4 << 20
 # Bits of a value, bits of its mantissa, pattern of the largest finite magnitude.
@@ -50,23 +52,55 @@ def prove(a: Checkpoint, b: Checkpoint, binding: Binding, plan: RescalePlan, pro
         If the plan's spaces are not those of `a`.
     """
     require_same_shape(a, b)
-    scales = tensor_scales(binding, plan)
+    proof = BlockProof(a, tensor_scales(binding, plan))
     total = sum(info.size_bytes for info in a.tensors.values())
     done = compared = 0
-
-    room_a, room_b = Room(), Room()
-
-    def work(place: BlockPlace) -> tuple[int, int]:
-        ours, theirs = a.read_stored(place, room_a), b.read_stored(place, room_b)
-        _compare(a.tensors[place.name], ours, theirs, scales.get(place.name, TensorScale()))
-        return ours.bits.size, ours.bits.nbytes
-
     places = (place for name in a.tensors for place in a.block_places(name, _BLOCK_BYTES))
-    for count, size in default_executor().map(work, places):
+    for count, size in default_executor().map(partial(proof, b), places):
         compared += count
         done += size
         progress("proving", done, total, "bytes")
     return compared
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProof:
+    """Proves one block after the other, on any thread.
+
+    Attributes
+    ----------
+    original
+        The checkpoint that was rescaled.
+    scales
+        What `tensor_scales` derives from it for the plan.
+    """
+
+    original: Checkpoint
+    scales: Mapping[str, TensorScale]
+    _rooms: tuple[Room, Room] = field(default_factory=lambda: (Room(), Room()))
+
+    def __call__(self, copy: Checkpoint, place: BlockPlace) -> tuple[int, int]:
+        """Compare one block of a copy with the original; return its elements and bytes.
+
+        Raises
+        ------
+        VerificationError
+            If an element differs from what the scales make of it.
+        """
+        ours, theirs = self.original.read_stored(place, self._rooms[0]), copy.read_stored(place, self._rooms[1])
+        _compare(self.original.tensors[place.name], ours, theirs, self.scales.get(place.name, TensorScale()))
+        return ours.bits.size, ours.bits.nbytes
+
+
+def rehearsal(dtype: str) -> None:
+    """Call every compiled loop that scaling values of this type by powers of two, and the proof of it, need."""
+    width = _LAYOUTS[dtype][0]
+    info = TensorInfo("", dtype, (1, 1), "", 0, width // 8)
+    block = StoredBlock(0, np.zeros((1, 1), f"uint{width}"), 0, info)
+    scale = TensorScale((np.zeros((1, 1), np.int32),))
+    require_finite(info, block)
+    scaled_bits(info, block, scale)
+    _compare(info, block, block, scale)
 
 
 def require_same_shape(a: Checkpoint, b: Checkpoint) -> None:
