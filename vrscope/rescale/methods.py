@@ -88,19 +88,16 @@ class MethodOptions:
         ):
             if getattr(self, name) not in known:
                 raise UnknownNameError.of(name, str(getattr(self, name)), known)
-        if not 0 < self.target_std < float("inf"):
-            message = f"target_std: expected a positive number, found {self.target_std}."
-            raise PlanError(message)
-        if not 0 <= self.alpha <= 1:
-            message = f"alpha: expected 0 to 1, found {self.alpha}."
-            raise PlanError(message)
+        for name, wanted, fits in (
+            ("target_std", "a positive number", 0 < self.target_std < float("inf")),
+            ("alpha", "0 to 1", 0 <= self.alpha <= 1),
+            ("rounds", f"0 to {MOST_ROUNDS}", 0 <= self.rounds <= MOST_ROUNDS),
+            ("limit", "0 to 30 (log2 of the largest scale)", 0 <= self.limit <= 30),
+        ):
+            if not fits:
+                message = f"{name}: expected {wanted}, found {getattr(self, name)}."
+                raise PlanError(message)
         searchable(self.target)
-        if not 0 <= self.rounds <= MOST_ROUNDS:
-            message = f"rounds: expected 0 to {MOST_ROUNDS}, found {self.rounds}."
-            raise PlanError(message)
-        if not 0 <= self.limit <= 30:
-            message = f"limit: expected 0 to 30 (log2 of the largest scale), found {self.limit}."
-            raise PlanError(message)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
