@@ -81,11 +81,8 @@ class MethodOptions:
     rounds: int = 2
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("granularity", ("tensor", "head", "channel")),
-            ("norm", ("frobenius", "l1", "max")),
-            ("scales", ("pow2", "free")),
-        ):
+        norms, sizes = ("frobenius", "l1", "max"), ("tensor", "head", "channel")
+        for name, known in (("granularity", sizes), ("norm", norms), ("scales", ("pow2", "free"))):
             if getattr(self, name) not in known:
                 raise UnknownNameError.of(name, str(getattr(self, name)), known)
         for name, wanted, fits in (
