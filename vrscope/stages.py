@@ -152,19 +152,16 @@ def choose_plan(
     sample = on.sample(checkpoint, method)
     if sample is None:
         return make_plan(checkpoint, binding, method, options, default_executor(), progress, None, described)
-    from vrscope.activations.importance import calibrate
-    from vrscope.quant.loading import load_model, release, resolve_device
+    from vrscope.activations.importance import Calibration, calibrate_checkpoint
+    from vrscope.quant.loading import release
 
-    loaded = load_model(checkpoint, resolve_device(on.device), "float32", copies=1)
+    keep = get_method(method).tries and options.rounds > 0
+    calibration: Calibration | None = None
     try:
-        keep = get_method(method).tries and options.rounds > 0
-        calibration = calibrate(loaded, checkpoint, binding.roles, sample, progress, keep)
-        if not keep:
-            del loaded
-            release()
+        calibration = calibrate_checkpoint(checkpoint, binding.roles, sample, on.device, progress, keep)
         return make_plan(checkpoint, binding, method, options, default_executor(), progress, calibration, described)
     finally:
-        calibration = loaded = None  # type: ignore[assignment]
+        calibration = None  # and with it the model
         release()
 
 

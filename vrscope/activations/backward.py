@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from vrscope.activations.capture import OnLinear, SiteMap, watching
+from vrscope.activations.capture import OnLinear, Site, SiteMap, watching
 from vrscope.quant.loading import LoadedModel, limits_named
 
 if TYPE_CHECKING:
@@ -58,3 +58,30 @@ def run_backward(
     finally:
         handle.remove()
     return float(found.detach())
+
+
+def add_products(
+    sums: Mapping[str, Tensor], used: tuple[Site, ...], inputs: Tensor, output: Tensor, power: int
+) -> None:
+    """Once the gradient g of a linear output arrives, add the sum over tokens of (g x)^power for every weight.
+
+    Parameters
+    ----------
+    sums
+        By tensor, oriented `(..., out, in)`; layers whose tensors are missing are passed over.
+    used, inputs, output
+        As `watching` shows them.
+    power
+        1 for the slope by each weight, 2 for its importance.
+    """
+    wanted = [site for site in used if site.tensor in sums]
+    if not wanted or not inputs.shape[0] or not output.requires_grad:
+        return
+    rows = inputs.detach().float() ** power
+
+    def add(gradient: Tensor) -> None:
+        for site in wanted:
+            part = (gradient[:, site.outputs].float() ** power).T @ rows
+            sums[site.tensor][site.index][site.rows] += part.cpu()
+
+    output.register_hook(add)  # type: ignore[no-untyped-call]

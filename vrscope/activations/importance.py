@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.activations.backward import run_backward
+from vrscope.activations.backward import add_products, run_backward
 from vrscope.activations.capture import Site, SiteMap, find_sites, oriented
 from vrscope.activations.profile import profile_activations
 from vrscope.activations.trial import Trial
@@ -24,7 +24,7 @@ from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
-from vrscope.quant.loading import LoadedModel
+from vrscope.quant.loading import LoadedModel, load_model, release, resolve_device
 from vrscope.quant.memory import require_calibration_memory
 from vrscope.quant.spool import Spool
 from vrscope.quant.text import TextSample
@@ -126,6 +126,23 @@ def calibrate(
     )
 
 
+def calibrate_checkpoint(
+    checkpoint: Checkpoint,
+    roles: Mapping[str, TensorRole],
+    sample: TextSample,
+    device: str,
+    progress: Progress = silent,
+    keep: bool = False,
+) -> Calibration:
+    """Load a checkpoint's model, calibrate it as `calibrate` does, and let go of the model unless it is to be kept."""
+    loaded = load_model(checkpoint, resolve_device(device), "float32", copies=1)
+    try:
+        return calibrate(loaded, checkpoint, roles, sample, progress, keep)
+    finally:
+        del loaded
+        release()
+
+
 @dataclass(slots=True)
 class _Sums:
     """Sums over tokens of (g x)^2."""
@@ -186,20 +203,11 @@ def _one_window(
         wanted = [site for site in used if site.tensor in part.sums]
         if not wanted or not inputs.shape[0]:
             return
-        rows = inputs.detach().float()
-        top = rows.abs().amax(dim=0).double().cpu().numpy()
+        top = inputs.detach().float().abs().amax(dim=0).double().cpu().numpy()
         for site in wanted:
             np.maximum(absmax[site.tensor][site.index], top, out=absmax[site.tensor][site.index])
             part.seen.add(site)
-        if output.requires_grad:
-            squares = rows * rows
-
-            def add(gradient: Tensor) -> None:
-                for site in wanted:
-                    size = gradient[:, site.outputs].float() ** 2
-                    part.sums[site.tensor][site.index][site.rows] += (size.T @ squares).cpu()
-
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+        add_products(part.sums, used, inputs, output, 2)
 
     def loss(output: Tensor) -> Tensor:
         if outputs is not None:

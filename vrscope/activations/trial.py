@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.activations.backward import run_backward
+from vrscope.activations.backward import add_products, run_backward
 from vrscope.activations.capture import Site, SiteMap, oriented
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
@@ -108,17 +108,7 @@ class Trial:
             sums[name] = torch.zeros(oriented(blank, self.roles[name]).shape)
 
         def on_linear(used: tuple[Site, ...], inputs: Tensor, output: Tensor) -> None:
-            wanted = [site for site in used if site.tensor in sums]
-            if not wanted or not inputs.shape[0] or not output.requires_grad:
-                return
-            rows = inputs.detach().float()
-
-            def add(gradient: Tensor) -> None:
-                for site in wanted:
-                    part = gradient[:, site.outputs].float().T @ rows
-                    sums[site.tensor][site.index][site.rows] += part.cpu()
-
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+            add_products(sums, used, inputs, output, 1)
 
         tokens = 0
         for number in windows:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.compiling import compiled
+from vrscope.compiling import Function, compiled
 
 _TILE = 1024  # columns
 
 
-def _summing(function: Any) -> Any:
+def summing(function: Function) -> Function:
     """Return `function` compiled so that sums of finite values may be reordered to use vector units."""
     return compiled(function, fastmath={"reassoc", "contract", "nsz", "nnan"})
 
@@ -133,7 +133,7 @@ def _raise_tops(bits: NDArray[np.unsignedinteger], tops: NDArray[np.unsignedinte
 
 
 # Two loops are several times as fast as one that does both: each is then compiled to vector units.
-@_summing
+@summing
 def _add_row(values: NDArray[np.floating], sums: NDArray[np.float64]) -> None:
     """Add one row of values to its sums, shape `(3,)`."""
     total = absolute = square = 0.0
@@ -147,7 +147,7 @@ def _add_row(values: NDArray[np.floating], sums: NDArray[np.float64]) -> None:
     sums[2] += square
 
 
-@_summing
+@summing
 def _add_columns(
     a: NDArray[np.floating],
     b: NDArray[np.floating],

@@ -6,29 +6,21 @@ unit by unit, which is an order of magnitude faster than column by column.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.compiling import compiled
 from vrscope.quant.kernels import nearest
+from vrscope.rescale.kernels import summing
 from vrscope.rescale.search_kernels import INTEGER, SYMMETRIC, codes_of
 
-Function = TypeVar("Function", bound=Callable[..., object])
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-def _summing(function: Function) -> Function:
-    """Return `function` compiled so that sums may be reordered to use vector units."""
-    return compiled(function, fastmath={"reassoc", "contract", "nsz", "nnan"})
-
-
-@_summing
+@summing
 def _span(values: Singles, n: int) -> tuple[np.float32, np.float32]:
     """Return the least and the largest of the first `n` values, 0 included."""
     low, high = _ZERO, _ZERO
@@ -49,7 +41,7 @@ def _grid(low: np.float32, high: np.float32, kind: int, top: np.float32) -> tupl
     return (largest / top, top / largest, _ZERO) if kind == SYMMETRIC else (largest, _ONE / largest, _ZERO)
 
 
-@_summing
+@summing
 def _around(
     values: Singles,
     undo: Singles,
