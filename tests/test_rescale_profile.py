@@ -17,11 +17,11 @@ from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, open_
 from vrscope.errors import CheckpointError, PlanError
 from vrscope.executors import Serial
 from vrscope.progress import silent
-from vrscope.rescale.kernels import add_sums
 from vrscope.rescale.methods import MethodOptions
 from vrscope.rescale.planning import make_plan
 from vrscope.rescale.profile import balanced, profile_weights, rescaled_profile
 from vrscope.rescale.scaling import TensorScale, tensor_scales
+from vrscope.rescale.sum_kernels import add_sums
 from vrscope.stats.encoding import encoding
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -1,8 +1,8 @@
 """Runs a function over the row blocks of many tensors, on any executor, with results in the stored order.
 
-The executor's threads read and compute, and at most a few blocks are in memory at a time. As results are merged in the
-stored order, they do not depend on the number of threads. A `Companion` is other work that shares the
-same visit to every block.
+The executor's threads read and compute, each in memory of its own that it fills again and again. As results are merged
+in the stored order, they do not depend on the number of threads. A `Companion` is other work that shares the same visit
+to every block.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
+from vrscope.checkpoint.room import Room
 from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
 from vrscope.executors import Executor, Serial
 from vrscope.progress import Progress, silent
@@ -35,7 +36,7 @@ class Companion(Protocol):
         ...
 
     def visit(self, info: TensorInfo, block: StoredBlock) -> Any:
-        """Return what one block contributes; called on any thread."""
+        """Return what one block contributes, without keeping any of it; called on any thread."""
         ...
 
     def collect(self, info: TensorInfo, part: Any) -> None:
@@ -76,7 +77,8 @@ def stream(
 ) -> Iterator[tuple[str, Iterator[Part]]]:
     """Yield each float tensor's name with the results of its blocks, first block first; none if it has no elements.
 
-    The results of one name must be used up before the next name is asked for.
+    A block that `function` is given lasts until its thread's next one, so no result may be a view of it. The results of
+    one name must be used up before the next name is asked for.
 
     Raises
     ------
@@ -109,12 +111,13 @@ def _results(
     how: Streaming,
 ) -> Iterator[tuple[str, int, Part]]:
     """Yield the name, size in bytes and result of every block."""
+    room = Room()
 
     def work(batch: list[BlockPlace]) -> list[tuple[str, int, Part]]:
         return [visit(place) for place in batch]
 
     def visit(place: BlockPlace) -> tuple[str, int, Part]:
-        block = checkpoint.read_stored(place)
+        block = checkpoint.read_stored(place, room)
         return place.name, block.bits.nbytes, function(checkpoint.tensors[place.name], block)
 
     places = (

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from vrscope.compiling import compiled
 from vrscope.quant.kernels import nearest
-from vrscope.rescale.kernels import summing
 from vrscope.rescale.search_kernels import INTEGER, SYMMETRIC, codes_of
+from vrscope.rescale.sum_kernels import summing
 
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -275,7 +275,7 @@ def _merge(info: TensorInfo, place: BlockPlace, part: Sums, sums: Sums) -> None:
 
 def _sum_matrix(info: TensorInfo, block: StoredBlock, wanted: Collection[Dims]) -> tuple[Sums, float]:
     """Return the sums of a block of a matrix or vector, and its smallest magnitude that is not zero."""
-    from vrscope.rescale.kernels import add_sums
+    from vrscope.rescale.sum_kernels import add_sums
 
     code, (n, m) = encoding(info.dtype), block.shape
     bits = block.bits

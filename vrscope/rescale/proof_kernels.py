@@ -1,8 +1,7 @@
 """The compiled loop of the proof that every element of one array is that of another times a power of two.
 
 It shares nothing with the loop that writes. Stored bits are taken apart into sign, whole-number mantissa and exponent,
-and the parts are compared; no float is computed, so nothing can be rounded or overflow. Importing this module imports
-numba.
+and the parts are compared; no float is computed, so nothing can be rounded or overflow.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.compiling import compiled
+from vrscope.compiling import standalone
 
 
-@compiled
+@standalone
 def _odd(magnitude: Any, mantissa_bits: int) -> tuple[Any, Any]:
     """Return the odd whole number m and the exponent q of a magnitude m * 2**q, up to a constant in q; 0 for zero."""
     field: Any = np.int64(magnitude >> np.uint64(mantissa_bits))
@@ -32,7 +31,7 @@ def _odd(magnitude: Any, mantissa_bits: int) -> tuple[Any, Any]:
     return number, field
 
 
-@compiled
+@standalone
 def _is_multiple(before: Any, after: Any, exponent: Any, layout: tuple[int, int, int]) -> Any:
     """Return whether one stored value is exactly another times `2**exponent`; NaN and infinity stay."""
     width, mantissa_bits, limit = layout
@@ -68,23 +67,25 @@ def first_unequal(
     layout
         Bits of a value, bits of its mantissa, pattern of its largest finite magnitude.
     """
-    return int(_comparing(layout[1])(before, after, rows, columns, layout))
+    width, mantissa_bits, limit = layout
+    return int(_comparing(mantissa_bits)(before, after, rows, columns, width, limit))
 
 
 @cache
 def _comparing(mantissa_bits: int) -> Callable[..., Any]:
     """Return the loop of `first_unequal` for one width of the mantissa, which the compiler then knows."""
 
-    @compiled
+    @standalone
     def compare(
         before: NDArray[np.unsignedinteger],
         after: NDArray[np.unsignedinteger],
         rows: NDArray[np.signedinteger],
         columns: NDArray[np.signedinteger],
-        layout: tuple[int, int, int],
+        width: int,
+        limit: int,
     ) -> Any:
         lane = columns.dtype.type
-        width, _, limit = layout
+        layout = (width, mantissa_bits, limit)
         most, zero, one = lane(limit), lane(0), lane(1)
         magnitude = lane((np.uint64(1) << np.uint64(width - 1)) - np.uint64(1))
         field = lane(magnitude ^ ((one << mantissa_bits) - one))

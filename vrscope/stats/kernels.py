@@ -1,8 +1,8 @@
 """The compiled loops of the statistics: each visits a cache-sized block of weights and knows nothing of tensors.
 
 In: arrays of stored bits (unsigned integers of the weight's width) or of float values. Out: numbers added to arrays
-of the caller. All release the interpreter lock and are compiled once per machine and dtype. Importing this module
-imports numba, so `vrscope.stats` does it inside functions.
+of the caller, who also gives the memory: so they run without numba once a machine has compiled them. All release the
+interpreter lock.
 
 Running moments are rows of ten float64, indexed by the constants below. `mean`, `m2`, `m3` and `m4` (sums of powers of
 the distance to the mean) are in units of `2**exponent`, so that no fourth power overflows or underflows.
@@ -10,14 +10,13 @@ the distance to the mean) are in units of `2**exponent`, so that no fourth power
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.compiling import compiled
+from vrscope.compiling import standalone
 
 COUNT, MEAN, M2, M3, M4, EXPONENT, ABSMAX, ZEROS, NANS, INFS = range(10)
 MOMENT_FIELDS = 10
@@ -29,7 +28,7 @@ Floats = NDArray[np.float64]
 
 def _compiled(function: Function) -> Function:
     """Return `function` compiled; sums may be reordered to use vector units, NaN and infinity keep their meaning."""
-    return compiled(function, fastmath={"reassoc", "contract", "nsz"})
+    return standalone(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 @_compiled
@@ -47,18 +46,19 @@ def add_counts(total: NDArray[np.int64], part: NDArray[np.uint32]) -> None:
 
 
 @_compiled
-def used_bins(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the places where `counts` (shape `(n,)`) is not 0, ascending."""
-    used = 0
-    for i in range(counts.size):
-        used += 1 if counts[i] != 0 else 0
-    places = np.empty(used, np.int64)
+def _used_bins(counts: NDArray[np.int64], places: NDArray[np.int64]) -> int:
     used = 0
     for i in range(counts.size):
         if counts[i] != 0:
             places[used] = i
             used += 1
-    return places
+    return used
+
+
+def used_bins(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the places where `counts` (shape `(n,)`) is not 0, ascending."""
+    places = np.empty(counts.size, np.int64)
+    return places[: _used_bins(counts, places)]
 
 
 @_compiled
@@ -100,6 +100,20 @@ def top_magnitudes(
 
 
 @_compiled
+def _normal_power(exponent: int) -> float:
+    """Return 2 to a whole exponent between -1022 and 1023, put together from its bits."""
+    return np.uint64((np.int64(exponent) + np.int64(1023)) << np.int64(52)).view(np.float64)
+
+
+@_compiled
+def _power_of_two(exponent: float) -> float:
+    """Return 2 to a whole exponent between -2,000 and 1,000; it may be subnormal or 0."""
+    whole = int(exponent)
+    half = whole // 2
+    return _normal_power(half) * _normal_power(whole - half)
+
+
+@_compiled
 def _merge(state: Floats, other: Floats) -> None:
     """Merge running moments `other` into `state` (Chan et al. 1983; third and fourth powers: Pébay, SAND2008-6212)."""
     state[ABSMAX] = max(state[ABSMAX], other[ABSMAX])
@@ -112,7 +126,7 @@ def _merge(state: Floats, other: Floats) -> None:
             state[field] = other[field]
         return
     exponent = max(state[EXPONENT], other[EXPONENT])
-    f, g = math.ldexp(1.0, int(state[EXPONENT] - exponent)), math.ldexp(1.0, int(other[EXPONENT] - exponent))
+    f, g = _power_of_two(state[EXPONENT] - exponent), _power_of_two(other[EXPONENT] - exponent)
     na, nb = state[COUNT], other[COUNT]
     n = na + nb
     mean, a2, a3, a4 = state[MEAN] * f, state[M2] * f * f, state[M3] * f * f * f, state[M4] * f * f * f * f
@@ -147,10 +161,25 @@ def merge_each(states: Floats, parts: Floats) -> None:
 
 
 @_compiled
+def _value_of(pattern: np.unsignedinteger, width: int) -> float:
+    """Return the value of a float32 or float64 pattern."""
+    if width == 32:
+        return np.float64(np.uint32(pattern).view(np.float32))
+    return np.uint64(pattern).view(np.float64)
+
+
+@_compiled
+def _scale_of(absmax: float) -> tuple[int, float]:
+    """Return the exponent of the power of two above a magnitude, and the inverse of that power."""
+    field = int(np.float64(absmax).view(np.uint64) >> np.uint64(52))  # 0 of numbers far below the smallest unit
+    exponent = min(max(field - 1022, EMPTY_EXPONENT), -EMPTY_EXPONENT)
+    return exponent, _normal_power(-exponent)
+
+
+@_compiled
 def _moments(x: NDArray[np.floating], absmax: float, out: Floats) -> None:
     """Write count, moments and exponent of finite `x`, in two passes: the mean, then powers of the distance to it."""
-    exponent = min(max(math.frexp(absmax)[1], EMPTY_EXPONENT), -EMPTY_EXPONENT) if absmax > 0 else EMPTY_EXPONENT
-    scale = math.ldexp(1.0, -exponent)
+    exponent, scale = _scale_of(absmax)
     origin = np.float64(x[0]) * scale  # a sum of distances to one of the values is exactly 0 for equal values
     total = 0.0
     for i in range(x.size):
@@ -164,6 +193,27 @@ def _moments(x: NDArray[np.floating], absmax: float, out: Floats) -> None:
         m3 += square * z
         m4 += square * square
     out[COUNT], out[MEAN], out[M2], out[M3], out[M4], out[EXPONENT] = x.size, mean, m2, m3, m4, exponent
+
+
+@_compiled
+def _finite_moments(x: NDArray[np.floating], first: int, count: int, absmax: float, out: Floats) -> None:
+    """Do what `_moments` does with the finite values of `x`: `count` of them, the first at `first`."""
+    exponent, scale = _scale_of(absmax)
+    origin = np.float64(x[first]) * scale
+    total = 0.0
+    for i in range(x.size):
+        value = np.float64(x[i])
+        total += value * scale - origin if abs(value) <= absmax else 0.0
+    mean = origin + total / count
+    m2, m3, m4 = 0.0, 0.0, 0.0
+    for i in range(x.size):
+        value = np.float64(x[i])
+        z = value * scale - mean if abs(value) <= absmax else 0.0
+        square = z * z
+        m2 += square
+        m3 += square * z
+        m4 += square * square
+    out[COUNT], out[MEAN], out[M2], out[M3], out[M4], out[EXPONENT] = count, mean, m2, m3, m4, exponent
 
 
 @_compiled
@@ -190,8 +240,6 @@ def chunk_moments(
     kind = bits.dtype.type
     mask = kind((np.uint64(1) << np.uint64(8 * bits.itemsize - 1)) - np.uint64(1))
     zero, one = kind(0), kind(1)
-    pattern = np.zeros(1, bits.dtype)
-    number = pattern.view(values.dtype)
     for k in range(out.shape[0]):
         x, b, row = values[k * chunk : (k + 1) * chunk], bits[k * chunk : (k + 1) * chunk], out[k]
         top, zeros = zero, zero
@@ -200,24 +248,25 @@ def chunk_moments(
             top = max(top, magnitude)
             zeros += one if magnitude == zero else zero
         row[ZEROS] = zeros
-        if top > limit:
-            kept = np.empty(x.size, x.dtype)
-            n, top = 0, zero
-            for i in range(b.size):
-                magnitude = kind(b[i] & mask)
-                if magnitude <= limit:
-                    kept[n] = x[i]
-                    top = max(top, magnitude)
-                    n += 1
-                elif magnitude == limit + one:
-                    row[INFS] += 1
-                else:
-                    row[NANS] += 1
-            x = kept[:n]
-        if x.size > 0:
-            pattern[0] = top
-            row[ABSMAX] = number[0]
-            _moments(x, row[ABSMAX], row)
+        if top <= limit:
+            if x.size > 0:
+                row[ABSMAX] = _value_of(top, 8 * bits.itemsize)
+                _moments(x, row[ABSMAX], row)
+            continue
+        first, count, top = -1, 0, zero
+        for i in range(b.size):
+            magnitude = kind(b[i] & mask)
+            if magnitude <= limit:
+                first = i if count == 0 else first
+                top = max(top, magnitude)
+                count += 1
+            elif magnitude == limit + one:
+                row[INFS] += 1
+            else:
+                row[NANS] += 1
+        if count > 0:
+            row[ABSMAX] = _value_of(top, 8 * bits.itemsize)
+            _finite_moments(x, first, count, row[ABSMAX], row)
 
 
 @_compiled

@@ -179,9 +179,10 @@ class Accumulator:
             first = part.row // self.view.rows if self.view.matrices > 1 else 0
             own = self._column_top[first : first + part.column_top.shape[0]]
             np.maximum(own, part.column_top, out=own)
-        self._wait(part.head)
-        self._fold(part.chunks)
-        self._wait(part.tail)
+        if self.encoding.shift:
+            self._wait(part.head)
+            self._fold(part.chunks)
+            self._wait(part.tail)
 
     def summary(self, recount: Callable[[float, float], int], target_std: float) -> Summary:
         """Return the summary of all that was added; `recount` and `target_std` are handed through."""
