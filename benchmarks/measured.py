@@ -81,9 +81,13 @@ class Command:
 
 
 def take_turns(commands: list[Command], rounds: int, before: Callable[[], None] = lambda: None) -> list[Command]:
-    """Run every command once a round, with `before` ahead of each, untimed."""
+    """Run every command once a round, each round from another one on, with `before` ahead of each, untimed.
+
+    What a command takes also depends on what ran before it, such as on memory that still waits to be written to disk.
+    """
     for number in range(rounds):
-        for command in commands:
+        first = number * len(commands) // rounds
+        for command in (*commands[first:], *commands[:first]):
             print(f"round {number + 1}: {command.name}", file=sys.stderr, flush=True)
             before()
             command.run()

@@ -3,11 +3,11 @@
     python benchmarks/speed.py [--gb 1 4 16] [--moe 30000] [--rounds 3] [--lens PATH] [--scratch DIR] [-o speed.md]
 
 Makes synthetic checkpoints in a scratch folder, one at a time, and deletes them, also when it is interrupted. Every
-command runs as a process of its own, start-up included; the commands take turns, so that a busy machine slows all of
-them, and the checkpoint is read before each, so that its files are in the page cache where memory allows. Everything
-has run once before anything is timed. Reported are medians with the least and the largest, ratios taken within each
-round, and the largest resident memory of a process. Prints Markdown; `make readme` copies the part between the
-`summary` marks of benchmarks/results/speed.md into the README.
+command runs as a process of its own, start-up included. The commands take turns, each round from another one on, so
+that a busy machine slows all of them, and the checkpoint is read before each, so that its files are in the page cache
+where memory allows. Everything has run once before anything is timed. Reported are medians with the least and the
+largest, ratios taken within each round, and the largest resident memory of a process. Prints Markdown; `make readme`
+copies the part between the `summary` marks of benchmarks/results/speed.md into the README.
 
 weightlens needs an environment of its own: `python -m venv lens && lens/bin/pip install weightlens==0.3.0`, then
 `--lens lens/bin/lens`.

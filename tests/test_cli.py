@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -126,6 +127,33 @@ def test_idle_threads_sleep_unless_told_otherwise_before_torch_is_loaded(own: st
     code = "import os, sys, vrscope.__main__; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     done = process("--version", code=code, env=environment)
     assert done.stdout.split()[:2] == [expected, "False"]
+
+
+FAULTS = """
+import resource, threading
+import numpy as np
+from vrscope.__main__ import keep_freed_memory
+keep_freed_memory()
+def work():
+    for _ in range(200):
+        np.ones(1 << 20, np.uint8)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told how long to keep freed memory")
+def test_freed_memory_is_kept_for_the_next_block_unless_told_otherwise() -> None:
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    told = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    kept, returned = (process("--version", code=FAULTS, env=plain | own).stdout.split()[0] for own in ({}, told))
+    assert int(kept) < 2000  # 256 pages, each time anew: 51,200
+    assert int(returned) > 20_000
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
