@@ -89,7 +89,7 @@ class _Standalone:
         with _FINDING:  # no piece may be loaded twice
             if kinds not in self._known:
                 native = None if kinds is None else load(self._function, self._options, kinds)
-                if native is None and kinds is not None and hasattr(self.numba, "overloads"):  # else compiling is off
+                if native is None and kinds is not None and hasattr(self.numba, "overloads"):  # it compiles
                     native = build(self._function, self.numba, self._options, kinds)
                 self._known[kinds] = native
             return self._known[kinds]

@@ -102,7 +102,8 @@ def is_kept(function: Callable[..., Any]) -> bool:
 
 
 def _qualifies(function: Callable[..., Any]) -> bool:
-    return bool(_source(function.__code__.co_filename)) and _arrays_as_expected()
+    compiling = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+    return compiling and bool(_source(function.__code__.co_filename)) and _arrays_as_expected()
 
 
 def _pairs(kinds: Kinds) -> Iterator[tuple[Any, int]]:
