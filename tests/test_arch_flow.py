@@ -2,7 +2,7 @@
 
 import pytest
 
-from vrscope.arch.binding import families, find_family
+from vrscope.arch.binding import FAMILIES_FILE, families, find_family
 from vrscope.arch.flow import read_families
 from vrscope.arch.graph import values_of
 from vrscope.errors import FamilyError
@@ -76,6 +76,13 @@ def test_a_mistake_is_named_with_its_place(tmp_path, more, words):
     with pytest.raises(FamilyError, match="base") as caught:
         declared(tmp_path, BASE.replace("[base]\n", "[base]\n" + more))
     assert words in str(caught.value)
+
+
+def test_the_families_of_one_model_type_are_those_among_all():
+    for kind in {kind for family in families() for kind in family.model_types}:
+        alone = read_families(FAMILIES_FILE, model_type=kind)
+        assert alone == tuple(family for family in families() if kind in family.model_types)
+    assert read_families(FAMILIES_FILE, model_type="unheard of") == ()
 
 
 def test_not_toml(tmp_path):

@@ -48,7 +48,8 @@ def bind_checkpoint(checkpoint: Checkpoint, families: str | Path | None = None, 
     """
     from vrscope.arch.binding import bind, declared_families
 
-    return bind(checkpoint, declared_families(None if families is None else Path(families)), bool(approximate))
+    declared = None if families is None else declared_families(Path(families))
+    return bind(checkpoint, declared, bool(approximate))
 
 
 def read_roles(

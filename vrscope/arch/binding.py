@@ -60,15 +60,21 @@ def families() -> tuple[Family, ...]:
     return read_families(FAMILIES_FILE)
 
 
-def declared_families(file: Path | None) -> tuple[Family, ...]:
-    """Return the shipped families, after those of a user's own TOML file if there is one.
+@cache
+def _families_for(model_type: str) -> tuple[Family, ...]:
+    """Return the families that ship with vrscope for one kind of model, which are few."""
+    return read_families(FAMILIES_FILE, model_type=model_type)
+
+
+def declared_families(file: Path) -> tuple[Family, ...]:
+    """Return the families of a user's own TOML file, and the shipped ones after them.
 
     Raises
     ------
     FamilyError
         If the file does not hold declarations.
     """
-    return families() if file is None else read_families(file, FAMILIES_FILE)
+    return read_families(file, FAMILIES_FILE)
 
 
 def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None = None) -> Family:
@@ -79,15 +85,16 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
     FamilyError
         If there is none, or the configuration sets something the family refuses.
     """
-    known = families() if declared is None else declared
     kind = config.get("model_type")
     if not isinstance(kind, str):
         message = (
             "config.json: expected a model_type, found none. Without it the architecture is unknown: not rescaled."
         )
         raise FamilyError(message)
-    fitting = [family for family in known if kind in family.model_types]
+    declaring = _families_for(kind) if declared is None else declared
+    fitting = [family for family in declaring if kind in family.model_types]
     if not fitting:
+        known = families() if declared is None else declared
         names = sorted({name for family in known for name in family.model_types})
         near = difflib.get_close_matches(kind, names, n=1)
         hint = f" ({near[0]!r} is a different one)" if near else ""

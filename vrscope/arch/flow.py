@@ -192,7 +192,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def read_families(path: Path, base: Path | None = None) -> tuple[Family, ...]:
+def read_families(path: Path, base: Path | None = None, model_type: str | None = None) -> tuple[Family, ...]:
     """Return the families declared in a TOML file, in order.
 
     Parameters
@@ -202,6 +202,8 @@ def read_families(path: Path, base: Path | None = None) -> tuple[Family, ...]:
     base
         Another such file whose families those of `path` may be `like`, and whose prelude they share. Its own families
         come after those of `path`, so that the latter are found first.
+    model_type
+        Leave out, without looking at them, the families that are not for it.
 
     Raises
     ------
@@ -216,7 +218,8 @@ def read_families(path: Path, base: Path | None = None) -> tuple[Family, ...]:
         message = f"{path}: [{again[0]}] is declared already. Choose another name; model_types may be the same."
         raise FamilyError(message)
     every = {**tables, **known}
-    return tuple(_family(name, _inherit(name, every), prelude) for name in every)
+    wanted = [name for name in every if model_type is None or model_type in every[name].get("model_types", ())]
+    return tuple(_family(name, _inherit(name, every), prelude) for name in wanted)
 
 
 def _tables(path: Path) -> dict[str, Any]:
