@@ -66,6 +66,7 @@ def rewrite(
     prove: Callable[[Checkpoint], None],
     progress: Progress,
     prove_block: Callable[[Checkpoint, BlockPlace], object] | None = None,
+    room: Room | None = None,
 ) -> None:
     """Write `source` to the folder `out` with the values that `transform` gives.
 
@@ -93,6 +94,8 @@ def rewrite(
     prove_block
         Called with the copy, on any thread, for each block of each tensor whose shard is written whole; raises to
         reject the copy.
+    room
+        Memory for the blocks that `transform` is given; None: of its own.
 
     Raises
     ------
@@ -105,7 +108,7 @@ def rewrite(
     """
     target, files, total = _checked(source, out, extra, force=force)
     with staged(target, force=force) as folder, ThreadPoolExecutor(1) as background:
-        writer = _Writer(source, folder, target, out, progress, total, background, prove_block)
+        writer = _Writer(source, folder, target, out, progress, total, background, prove_block, room or Room())
         for shard in source.shards:
             writer.shard(shard, transform)
         writer.prove_rest()
@@ -132,6 +135,7 @@ class _Writer:
     total: int
     background: Executor
     prove_block: Callable[[Checkpoint, BlockPlace], object] | None
+    room: Room
     done: int = 0
     proved: int = 0
     unproved: list[TensorInfo] = field(default_factory=list)  # of the shard written last
@@ -195,14 +199,13 @@ class _Writer:
         self, original: IO[bytes], file: IO[bytes], transform: Transform, tensors: Sequence[TensorInfo]
     ) -> Iterator[Job]:
         """Yield what reads, transforms and writes one piece: a block of a float tensor, or a stretch of another."""
-        room = Room()
 
         def move(info: TensorInfo, place: BlockPlace | range) -> tuple[str, int]:
             data: bytes | memoryview
             if isinstance(place, range):
                 data, position = read_at(original, place), place.start
             else:
-                block = self.source.read_stored(place, room)
+                block = self.source.read_stored(place, self.room)
                 data, position = _checked_bytes(info, block, transform(info, block)), self.source.position(place)
             with output_errors(self.target):
                 write_at(file, data, position)

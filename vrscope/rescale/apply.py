@@ -59,12 +59,12 @@ def apply_plan(
 
         dtypes = {info.dtype for info in checkpoint.tensors.values() if info.is_float}
         rehearse(largest_pattern, [partial(rehearsal, dtype) for dtype in sorted(dtypes)], progress)
-    room = Room()
+    rooms = Room(), Room()  # each thread writes a block or proves one, so both are done in the same memory
 
     def transform(info: TensorInfo, block: StoredBlock) -> NDArray[np.unsignedinteger]:
         require_finite(info, block)
         scale = scales.get(info.name)
-        return block.bits if scale is None else scaled_bits(info, block, scale, room)
+        return block.bits if scale is None else scaled_bits(info, block, scale, rooms[1])
 
     def proof(copy: Checkpoint) -> None:
         nonlocal done
@@ -82,6 +82,7 @@ def apply_plan(
         force=force,
         prove=proof,
         progress=progress,
-        prove_block=BlockProof(checkpoint, tensor_scales(binding, done)),  # derived anew, not those that were applied
+        prove_block=BlockProof(checkpoint, tensor_scales(binding, done), rooms),  # derived anew, not those applied
+        room=rooms[0],
     )
     return done

@@ -73,11 +73,13 @@ class BlockProof:
         The checkpoint that was rescaled.
     scales
         What `tensor_scales` derives from it for the plan.
+    rooms
+        Memory for a block of each; nothing else may need it while a block is proved.
     """
 
     original: Checkpoint
     scales: Mapping[str, TensorScale]
-    _rooms: tuple[Room, Room] = field(default_factory=lambda: (Room(), Room()))
+    rooms: tuple[Room, Room] = field(default_factory=lambda: (Room(), Room()))
 
     def __call__(self, copy: Checkpoint, place: BlockPlace) -> tuple[int, int]:
         """Compare one block of a copy with the original; return its elements and bytes.
@@ -87,7 +89,7 @@ class BlockProof:
         VerificationError
             If an element differs from what the scales make of it.
         """
-        ours, theirs = self.original.read_stored(place, self._rooms[0]), copy.read_stored(place, self._rooms[1])
+        ours, theirs = self.original.read_stored(place, self.rooms[0]), copy.read_stored(place, self.rooms[1])
         _compare(self.original.tensors[place.name], ours, theirs, self.scales.get(place.name, TensorScale()))
         return ours.bits.size, ours.bits.nbytes
 
