@@ -83,11 +83,12 @@ class Command:
 def take_turns(commands: list[Command], rounds: int, before: Callable[[], None] = lambda: None) -> list[Command]:
     """Run every command once a round, each round from another one on, with `before` ahead of each, untimed.
 
-    What a command takes also depends on what ran before it, such as on memory that still waits to be written to disk.
+    What a command takes also depends on what ran before it, such as on memory that still waits to be written to disk:
+    so every other round goes backwards.
     """
     for number in range(rounds):
         first = number * len(commands) // rounds
-        for command in (*commands[first:], *commands[:first]):
+        for command in (*commands[first:], *commands[:first])[:: -1 if number % 2 else 1]:
             print(f"round {number + 1}: {command.name}", file=sys.stderr, flush=True)
             before()
             command.run()

@@ -94,7 +94,24 @@ def test_a_change_anywhere_in_the_file_is_compiled_anew(folder: Path) -> None:
         assert run(path, factor) == [started, *expected(factor)]
 
 
-@pytest.mark.parametrize("harm", [b"", b"{", b"{}\nxyz", b'{"sha256": "0", "symbol": "f", "returns": "none"}\nabc'])
+LATE = """
+import pathlib
+import loops
+path = pathlib.Path(loops.__file__)
+path.write_text(path.read_text().replace("* 3", "* 5"))
+print(loops.results())
+"""
+
+
+def test_code_that_was_imported_before_its_file_changed_is_not_kept_for_the_new_file(folder: Path) -> None:
+    path = folder / "loops.py"
+    path.write_text(SOURCE.replace("{factor}", "3"))
+    (folder / "late.py").write_text(LATE)
+    assert json.loads(printed(folder, str(folder / "late.py"))) == expected(3)
+    assert json.loads(printed(folder, str(path))) == [True, *expected(5)]
+
+
+@pytest.mark.parametrize("harm", [b"", b"{", b"{}\nxyz", b"0\nf none\nabc", b"\xff\n\xff"])
 def test_a_damaged_file_is_compiled_anew(folder: Path, harm: bytes) -> None:
     path = folder / "loops.py"
     run(path)

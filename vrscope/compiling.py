@@ -8,12 +8,13 @@ takes any function; `standalone` is for loops that short commands run, and does 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property, update_wrapper
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from vrscope.object_code import Kinds, build, described, is_kept, load
+from vrscope.object_code import Kinds, build, described, is_kept, is_unchanged, load, remember
 
 if TYPE_CHECKING:
     from vrscope.progress import Progress
@@ -33,13 +34,18 @@ def compiled(function: Function, **options: Any) -> Function:
     options
         Of `numba.njit`, for example which rules of floating point may be bent.
     """
+    return cast(Function, _by_numba(function, options, keep=True))
+
+
+def _by_numba(function: Callable[..., object], options: dict[str, Any], keep: bool) -> Any:
+    """Return what numba makes of a function; with `keep` on disk, if a folder of this machine can be written."""
     import numba
 
     options = {"nogil": True, "error_model": "numpy", **options}
-    try:
-        return cast(Function, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder of this machine can be written
-        return cast(Function, numba.njit(**options)(function))
+    if keep:
+        with suppress(RuntimeError):
+            return numba.njit(cache=True, **options)(function)
+    return numba.njit(**options)(function)
 
 
 def standalone(function: Function, **options: Any) -> Function:
@@ -61,6 +67,7 @@ class _Standalone:
 
     def __init__(self, function: Callable[..., object], options: dict[str, Any]) -> None:
         update_wrapper(self, function)
+        remember(function)
         self._function = function
         self._options = options
         self._known: dict[object, Callable[..., Any] | None] = {}  # None: numba's own is called
@@ -73,7 +80,8 @@ class _Standalone:
     @cached_property
     def numba(self) -> Any:
         """What numba makes of the function."""
-        return compiled(self._function, **self._options)
+        # numba takes the file as it is now for that of the function
+        return _by_numba(self._function, self._options, keep=is_unchanged(self._function))
 
     @property
     def _numba_type_(self) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -111,6 +110,12 @@ def _qualifies(function: Callable[..., Any]) -> bool:
     return compiling and bool(_source(function.__code__.co_filename)) and _arrays_as_expected()
 
 
+def _dtype(kind: Any) -> np.dtype[Any]:
+    """Return the type of a number or of an array's elements; Python's numbers take 8 bytes everywhere."""
+    found: np.dtype[Any] = np.dtype({int: np.int64, float: np.float64}.get(kind, kind))
+    return found
+
+
 def _pairs(kinds: Kinds) -> Iterator[tuple[Any, int]]:
     return zip(kinds[::2], kinds[1::2], strict=True)
 
@@ -148,15 +153,26 @@ def _digest(function: Callable[..., Any], options: dict[str, Any], kinds: Kinds)
     """Return what tells one piece of object code from another: all that it was made from and for."""
     enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
     told = sorted((name, sorted(value) if isinstance(value, set) else value) for name, value in options.items())
-    arguments = [(np.dtype(kind).str, dims) for kind, dims in _pairs(kinds)]
+    arguments = [(_dtype(kind).str, dims) for kind, dims in _pairs(kinds)]
     words = (function.__code__.co_filename, function.__qualname__, enclosed, told, arguments, _machine())
     source = _source(function.__code__.co_filename) + _source(__file__)
     return hashlib.sha256(repr(words).encode() + source).hexdigest()[:32]
 
 
+def remember(function: Callable[..., Any]) -> None:
+    """Read the text of a function's module now: later it may be another than the one that was imported."""
+    _source(function.__code__.co_filename)
+
+
+def is_unchanged(function: Callable[..., Any]) -> bool:
+    """Return whether the text of a function's module is still what was remembered."""
+    path = function.__code__.co_filename
+    return _source(path) == _source.__wrapped__(path)
+
+
 @cache
 def _source(path: str) -> bytes:
-    """Return the text of a module; nothing if there is none, and then nobody could tell when it changes."""
+    """Return the text of a module when first asked; nothing if there is none: nobody could tell when it changes."""
     try:
         return Path(path).read_bytes()
     except OSError:
@@ -165,11 +181,11 @@ def _source(path: str) -> bytes:
 
 @cache
 def _machine() -> tuple[str, ...]:
-    """Return compiler and processor."""
+    """Return compiler, processor, and what the layout of array objects depends on."""
     from llvmlite import binding
 
-    features = binding.get_host_cpu_features().flatten()
-    return version("numba"), version("llvmlite"), binding.get_host_cpu_name(), features
+    processor = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), binding.get_process_triple()
+    return version("numba"), version("llvmlite"), *processor, str(sys.implementation.cache_tag), f"{_DATA} {_SHAPE}"
 
 
 def _object_code(loop: Any, kinds: Kinds, name: str) -> tuple[bytes, str, str] | None:
@@ -179,7 +195,7 @@ def _object_code(loop: Any, kinds: Kinds, name: str) -> tuple[bytes, str, str] |
 
     passed, handed, arguments, given = [], [], [], []
     for number, (kind, dims) in enumerate(_pairs(kinds)):
-        scalar = from_dtype(np.dtype(kind))
+        scalar = from_dtype(_dtype(kind))
         if dims == _NUMBER:
             passed.append(f"a{number}")
             handed.append(f"a{number}")
@@ -231,19 +247,18 @@ def _returned(result: Any, types: Any) -> str | None:
 
 
 def _packed(code: bytes, symbol: str, returned: str) -> bytes:
-    head = json.dumps({"sha256": hashlib.sha256(code).hexdigest(), "symbol": symbol, "returns": returned})
-    return head.encode() + b"\n" + code
+    rest = f"{symbol} {returned}\n".encode() + code
+    return hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
 
 
 def _unpacked(packed: bytes) -> tuple[bytes, str, str] | None:
     """Return what was packed; None if it is not whole."""
-    head, _, code = packed.partition(b"\n")
-    try:
-        facts = json.loads(head)
-        whole = facts["sha256"] == hashlib.sha256(code).hexdigest()
-        return (code, facts["symbol"], facts["returns"]) if whole else None
-    except (ValueError, TypeError, KeyError):
+    told, _, rest = packed.partition(b"\n")
+    if told.decode("latin-1") != hashlib.sha256(rest).hexdigest():
         return None
+    head, _, code = rest.partition(b"\n")
+    symbol, returned = head.decode().split()
+    return code, symbol, returned
 
 
 def _write(path: Path, content: bytes) -> None:
