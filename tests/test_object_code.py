@@ -121,6 +121,16 @@ def test_a_damaged_file_is_compiled_anew(folder: Path, harm: bytes) -> None:
     assert run(path) == [False, *expected()]
 
 
+def test_what_is_kept_of_an_earlier_text_does_not_count(folder: Path) -> None:
+    path = folder / "loops.py"
+    run(path, 3)
+    program = "import loops; run = [loops.scaled.on_disk(), loops.results(), loops.scaled.on_disk()]; print(run[::2])"
+    asked = (f"import sys; sys.path.insert(0, {str(folder)!r}); {program}",)
+    assert printed(folder, "-c", *asked).strip() == "[True, True]"
+    path.write_text(SOURCE.replace("{factor}", "5"))
+    assert printed(folder, "-c", *asked).strip() == "[False, True]"
+
+
 def test_where_nothing_can_be_written_loops_still_run(folder: Path) -> None:
     (folder / "kept").write_text("a file, not a folder")
     assert run(folder / "loops.py") == [True, *expected()]

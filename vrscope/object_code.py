@@ -99,7 +99,7 @@ def build(function: Callable[..., Any], loop: Any, options: dict[str, Any], kind
 
 
 def is_kept(function: Callable[..., Any]) -> bool:
-    """Return whether object code of a function is on disk, for whatever arguments."""
+    """Return whether object code of a function as it is now is on disk, for whatever arguments."""
     return any(any(folder.glob(f"{_stem(function)}-*{_SUFFIX}")) for folder in _folders(function))
 
 
@@ -142,7 +142,10 @@ def _folders(function: Callable[..., Any]) -> Iterator[Path]:
 
 
 def _stem(function: Callable[..., Any]) -> str:
-    return f"{Path(function.__code__.co_filename).stem}.{function.__name__}"
+    """Return how the names of all object code of a function begin, and of its module's text alone."""
+    path = function.__code__.co_filename
+    text = hashlib.sha256(_source(path) + _source(__file__)).hexdigest()[:8]
+    return f"{Path(path).stem}.{function.__name__}-{text}"
 
 
 def _file_name(function: Callable[..., Any], options: dict[str, Any], kinds: Kinds) -> str:
