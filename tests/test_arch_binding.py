@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, save_tiny
 
-from vrscope.arch.binding import bind, families
+from vrscope.arch.binding import bind
+from vrscope.arch.families import families
 from vrscope.arch.spaces import by_tensor
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.errors import CheckpointError, FamilyError, PlanError

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vrscope.arch.binding import FAMILIES_FILE, families, find_family
+from vrscope.arch.binding import find_family
+from vrscope.arch.families import FAMILIES_FILE, families
 from vrscope.arch.flow import read_families
 from vrscope.arch.graph import values_of
 from vrscope.errors import FamilyError

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vrscope.arch.layout import Concat, Leaf, Repeat, choose, leaves, length, parse_layout, positions
+from vrscope.arch.layout import Concat, Leaf, Repeat, choose, leaves, length, parse_layout
+from vrscope.arch.positions import positions
 from vrscope.errors import FamilyError
 
 AXES = {"q": ("g", "r", "d"), "k": ("g", "d"), "v": ("g", "d"), "gate": ("F",), "up": ("F",), "e": ("x", "F")}

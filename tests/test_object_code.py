@@ -131,6 +131,41 @@ def test_what_is_kept_of_an_earlier_text_does_not_count(folder: Path) -> None:
     assert printed(folder, "-c", *asked).strip() == "[False, True]"
 
 
+def test_beside_the_module_what_is_kept_of_an_earlier_text_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    path = tmp_path / "loops.py"
+    asked = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import loops; loops.results()")
+
+    def kept(factor: int) -> set[str]:
+        path.write_text(SOURCE.replace("{factor}", str(factor)))
+        subprocess.run(asked, check=True)
+        return {file.name for file in (tmp_path / "__pycache__").glob("*.loop")}
+
+    first, second = kept(3), kept(5)
+    assert len(first) == len(second) == 3
+    assert not first & second
+
+
+def test_what_the_compiler_refuses_is_left_to_numba(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(text: str, symbol: str) -> bytes:
+        del text
+        message = f"{symbol}: LLVM ERROR"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(object_code, "_alone", refuses)
+
+    def double(values: Any, out: Any) -> None:
+        for i in range(values.size):
+            out[i] = 2 * values[i]
+
+    out = np.zeros(3)
+    standalone(double)(np.arange(3.0), out)
+    assert out.tolist() == [0, 2, 4]
+    assert not list((folder / "kept").rglob("*.loop"))
+
+
 def test_where_nothing_can_be_written_loops_still_run(folder: Path) -> None:
     (folder / "kept").write_text("a file, not a folder")
     assert run(folder / "loops.py") == [True, *expected()]

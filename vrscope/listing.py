@@ -37,7 +37,7 @@ def listing(kind: str) -> Listing:
 
 def _families() -> Listing:
     """Return one row per kind of rescale: families that differ in names alone share that of the first."""
-    from vrscope.arch.binding import families
+    from vrscope.arch.families import families
 
     rows: dict[tuple[str, str, str], list[Family]] = {}
     for family in families():

@@ -94,6 +94,7 @@ def build(function: Callable[..., Any], loop: Any, options: dict[str, Any], kind
     for folder in _folders(function):
         with suppress(OSError):
             _write(folder / _file_name(function, options, kinds), _packed(*made))
+            _drop_earlier(function, folder)
             break
     return _linked(*made, kinds)
 
@@ -136,16 +137,32 @@ def _folders(function: Callable[..., Any]) -> Iterator[Path]:
     if chosen:
         yield Path(chosen) / "vrscope-loops"
         return
-    yield Path(function.__code__.co_filename).parent / "__pycache__"
+    yield _beside(function)
     with suppress(RuntimeError):  # no home
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vrscope"
 
 
+def _beside(function: Callable[..., Any]) -> Path:
+    return Path(function.__code__.co_filename).parent / "__pycache__"
+
+
+def _drop_earlier(function: Callable[..., Any], folder: Path) -> None:
+    """Remove what is kept of a function's earlier texts beside its module; other folders serve many installations."""
+    if folder != _beside(function):
+        return
+    for path in folder.glob(f"{_begin(function)}*{_SUFFIX}"):
+        if not path.name.startswith(_stem(function)):
+            path.unlink(missing_ok=True)
+
+
+def _begin(function: Callable[..., Any]) -> str:
+    return f"{Path(function.__code__.co_filename).stem}.{function.__name__}-"
+
+
 def _stem(function: Callable[..., Any]) -> str:
     """Return how the names of all object code of a function begin, and of its module's text alone."""
-    path = function.__code__.co_filename
-    text = hashlib.sha256(_source(path) + _source(__file__)).hexdigest()[:8]
-    return f"{Path(path).stem}.{function.__name__}-{text}"
+    text = _source(function.__code__.co_filename) + _source(__file__)
+    return f"{_begin(function)}{hashlib.sha256(text).hexdigest()[:8]}"
 
 
 def _file_name(function: Callable[..., Any], options: dict[str, Any], kinds: Kinds) -> str:
@@ -193,7 +210,6 @@ def _machine() -> tuple[str, ...]:
 
 def _object_code(loop: Any, kinds: Kinds, name: str) -> tuple[bytes, str, str] | None:
     """Return object code with one entry, the entry's symbol, and what it returns; None if the loop does not qualify."""
-    from llvmlite import binding
     from numba import carray, cfunc, from_dtype, types
 
     passed, handed, arguments, given = [], [], [], []
@@ -221,16 +237,26 @@ def _object_code(loop: Any, kinds: Kinds, name: str) -> tuple[bytes, str, str] |
     # The compiler wants one parameter for each word, and their number is that of the arguments.
     exec(f"def {name}({', '.join(passed)}):\n    {'return ' * (returned != 'none')}{call}\n", namespace)
     entry = cfunc(getattr(types, returned)(*arguments))(namespace[name])
-    module = binding.parse_assembly(entry.inspect_llvm())
+    with suppress(RuntimeError):  # llvmlite's, for whatever it cannot do: numba then runs the loop
+        code = _alone(entry.inspect_llvm(), entry.native_name)
+        return None if code is None else (code, entry.native_name, returned)
+    return None
+
+
+def _alone(text: str, symbol: str) -> bytes | None:
+    """Return object code of a module of which one symbol is seen; None if it needs a library that numba brings."""
+    from llvmlite import binding
+
+    module = binding.parse_assembly(text)
     for item in _items(module):
-        if not item.is_declaration and item.name != entry.native_name:
+        if not item.is_declaration and item.name != symbol:
             item.linkage = "internal"  # their names occur in other pieces too
     # Now that nothing else is called from outside, what serves only exceptions, which loops do not raise, falls away.
     builder = binding.create_pass_builder(_target(), binding.create_pipeline_tuning_options(speed_level=3))
     builder.getModulePassManager().run(module, builder)
     if any(item.is_declaration and not item.name.startswith("llvm.") for item in _items(module)):
-        return None  # it needs a library that only numba brings along
-    return bytes(_target().emit_object(module)), entry.native_name, returned
+        return None
+    return bytes(_target().emit_object(module))
 
 
 def _items(module: Any) -> Iterator[Any]:

@@ -46,7 +46,8 @@ def bind_checkpoint(checkpoint: Checkpoint, families: str | Path | None = None, 
     `families` is a TOML file of more declarations; anything true as `approximate` adds the spaces that norms undo only
     up to their eps.
     """
-    from vrscope.arch.binding import bind, declared_families
+    from vrscope.arch.binding import bind
+    from vrscope.arch.families import declared_families
 
     declared = None if families is None else declared_families(Path(families))
     return bind(checkpoint, declared, bool(approximate))
@@ -56,7 +57,7 @@ def read_roles(
     checkpoint: Checkpoint, families: str | Path | None = None
 ) -> tuple[Mapping[str, TensorRole], str | None]:
     """Return the roles of all tensors and the family's name; without a family, roles read off the names, and None."""
-    from vrscope.arch.binding import declared_families
+    from vrscope.arch.families import declared_families
     from vrscope.arch.roles import roles_from_names
 
     if families is not None:

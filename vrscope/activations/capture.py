@@ -48,7 +48,7 @@ class Site:
 
     def matrix(self, stored: Tensor, role: TensorRole) -> Tensor:
         """Return the site's `(rows, in)` view of its tensor as read from disk."""
-        return oriented(stored, role)[self.index][self.rows]
+        return stored.permute(role.order)[self.index][self.rows]
 
 
 OnLinear = Callable[[tuple[Site, ...], "Tensor", "Tensor"], None]
@@ -75,13 +75,6 @@ class SiteMap:
     unmatched: tuple[str, ...]
     kept: frozenset[str]
     held: tuple[tuple[Running, tuple[Site, ...]], ...]
-
-
-def oriented(stored: Tensor, role: TensorRole) -> Tensor:
-    """Return a stored linear weight as `(..., out, in)`, batch dimensions such as experts in front."""
-    last = (role.dims.index("out"), role.dims.index("in"))
-    batch = [dim for dim in range(len(role.dims)) if dim not in last]
-    return stored.permute(*batch, *last)
 
 
 def find_sites(loaded: LoadedModel, checkpoint: Checkpoint, roles: Mapping[str, TensorRole]) -> SiteMap:
@@ -111,7 +104,7 @@ def find_sites(loaded: LoadedModel, checkpoint: Checkpoint, roles: Mapping[str, 
         role = roles.get(name)
         if role is None or not info.is_float or not info.numel or not _is_matrix(role, info.shape):
             continue
-        stored = oriented(checkpoint.read(name), role)
+        stored = checkpoint.read(name).permute(role.order)
         for at in product(*map(range, stored.shape[:-2])):
             found = index.find(name, at, stored[at])
             if found is None:

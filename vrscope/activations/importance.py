@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.activations.backward import add_products, run_backward
-from vrscope.activations.capture import Site, SiteMap, find_sites, oriented
+from vrscope.activations.capture import Site, SiteMap, find_sites
 from vrscope.activations.profile import profile_activations
 from vrscope.activations.trial import Trial
 from vrscope.arch.roles import TensorRole
@@ -96,7 +96,9 @@ def calibrate(
     require_calibration_memory(checkpoint, loaded.device, sample.window, tried=keep)
     sites = find_sites(loaded, checkpoint, roles)
     quantized = [site for site in sites.sites if site.tensor not in sites.kept]
-    shapes = {site.tensor: oriented(_blank(checkpoint, site.tensor), roles[site.tensor]).shape for site in quantized}
+    shapes = {
+        site.tensor: _blank(checkpoint, site.tensor).permute(roles[site.tensor].order).shape for site in quantized
+    }
     parts = [_Sums.of(shapes) for _ in range(2 if len(sample.windows) > 1 else 1)]
     absmax = {name: np.zeros((*shape[:-2], shape[-1])) for name, shape in shapes.items()}
     generator = torch.Generator(device="cpu").manual_seed(SEED)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.activations.backward import add_products, run_backward
-from vrscope.activations.capture import Site, SiteMap, oriented
+from vrscope.activations.capture import Site, SiteMap
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
@@ -105,7 +105,7 @@ class Trial:
         sums: dict[str, Tensor] = {}
         for name in {site.tensor: None for site in self.sites.sites if site.tensor not in self.sites.kept}:
             blank = torch.empty(self.checkpoint.tensors[name].shape, device="meta")
-            sums[name] = torch.zeros(oriented(blank, self.roles[name]).shape)
+            sums[name] = torch.zeros(blank.permute(self.roles[name].order).shape)
 
         def on_linear(used: tuple[Site, ...], inputs: Tensor, output: Tensor) -> None:
             add_products(sums, used, inputs, output, 1)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vrscope.arch.derive import OUTPUT, USED, Side, block_ends, index_uses, make_space
 from vrscope.arch.flow import RESIDUAL, TOP
 from vrscope.arch.graph import Edge, Graph, Node, config_value
 from vrscope.arch.layout import Leaf, leaves
-from vrscope.arch.spaces import OUTPUT, USED, Limit, Side, Space, Term, block_ends, index_uses, make_space
+from vrscope.arch.spaces import Limit, Space, Term
 from vrscope.arch.ties import Ties, head_inputs, tie_operations
 
 ABSORB, RESIDUAL_RULE = "absorb", "residual"

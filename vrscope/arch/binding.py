@@ -9,23 +9,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vrscope.arch.approximate import derive_approximate
-from vrscope.arch.flow import TOP, Family, read_families
+from vrscope.arch.derive import derive
+from vrscope.arch.families import families, families_for
+from vrscope.arch.flow import TOP, Family
 from vrscope.arch.graph import Graph, Node, build_graph, config_value, size_of
 from vrscope.arch.layout import Layout, leaves
 from vrscope.arch.match import match
 from vrscope.arch.roles import BIAS, CONV, EMBED, FIXED, HEAD, LINEAR, NORM, OTHER, HeadSplit, TensorRole
-from vrscope.arch.spaces import Space, derive
+from vrscope.arch.spaces import Space
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import CheckpointError, FamilyError
 
-FAMILIES_FILE = Path(__file__).with_name("families.toml")
 _KINDS = {"linear": LINEAR, "embed": EMBED, "norm": NORM, "conv": CONV, "fixed": FIXED}
 
 
@@ -54,29 +53,6 @@ class Binding:
     tied: bool
 
 
-@cache
-def families() -> tuple[Family, ...]:
-    """Return the families that ship with vrscope."""
-    return read_families(FAMILIES_FILE)
-
-
-@cache
-def _families_for(model_type: str) -> tuple[Family, ...]:
-    """Return the families that ship with vrscope for one kind of model, which are few."""
-    return read_families(FAMILIES_FILE, model_type=model_type)
-
-
-def declared_families(file: Path) -> tuple[Family, ...]:
-    """Return the families of a user's own TOML file, and the shipped ones after them.
-
-    Raises
-    ------
-    FamilyError
-        If the file does not hold declarations.
-    """
-    return read_families(file, FAMILIES_FILE)
-
-
 def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None = None) -> Family:
     """Return the family whose `model_type` and conditions fit a configuration.
 
@@ -91,7 +67,7 @@ def find_family(config: Mapping[str, Any], declared: tuple[Family, ...] | None =
             "config.json: expected a model_type, found none. Without it the architecture is unknown: not rescaled."
         )
         raise FamilyError(message)
-    declaring = _families_for(kind) if declared is None else declared
+    declaring = families_for(kind) if declared is None else declared
     fitting = [family for family in declaring if kind in family.model_types]
     if not fitting:
         known = families() if declared is None else declared

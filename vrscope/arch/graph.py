@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.arch.flow import TOP, Family, Line, Operation, unnumbered
-from vrscope.arch.layout import Layout, choose, leaves, length, positions
+from vrscope.arch.layout import Layout, choose, leaves, length
 from vrscope.arch.match import Claimed, Indices, Match
+from vrscope.arch.positions import positions
 from vrscope.checkpoint.source import TensorInfo
 from vrscope.errors import FamilyError
 

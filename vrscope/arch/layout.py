@@ -2,18 +2,16 @@
 
 A layout is a small expression: `q|k|v` is concatenation, `n*(...)` repeats its body along axis `n`, and a leaf names a
 space; `a,b` as a leaf means the first of the two that the checkpoint really uses. The same expression describes rows,
-biases and convolution channels. From it follow the size of the dimension and, for every space, where its elements lie.
+biases and convolution channels. From it follows the size of the dimension; `positions` says where its elements lie.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-
-import numpy as np
-from numpy.typing import NDArray
 
 from vrscope.errors import FamilyError
 
@@ -132,7 +130,7 @@ def length(
     """
     if isinstance(layout, Leaf):
         free = [axis for axis in axes[layout.names[0]] if axis not in outer]
-        known = int(np.prod([sizes[axis] for axis in free if axis in sizes], dtype=np.int64))
+        known = math.prod(sizes[axis] for axis in free if axis in sizes)
         unknown = tuple(sorted(axis for axis in free if axis not in sizes))
         return (0, {unknown: known}) if unknown else (known, {})
     if isinstance(layout, Concat):
@@ -154,48 +152,3 @@ def length(
 def expand(axis: str) -> tuple[str, ...]:
     """Return the axes that an axis name covers: `h` (heads) is KV groups times query heads per group."""
     return ("h", "g", "r") if axis == "h" else (axis,)
-
-
-def positions(
-    layout: Layout, axes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], outer: tuple[str, ...] = ()
-) -> dict[str, NDArray[np.int64]]:
-    """Return for each space an array, shaped by the space's axes, of the places of its elements in the dimension.
-
-    Axes in `outer` are dimensions of their own, so along them the places repeat.
-    """
-    found: dict[str, NDArray[np.int64]] = {}
-    for name in {leaf.names[0] for leaf in leaves(layout)}:
-        shared = tuple(axis for axis in outer if axis in axes[name])
-        start = np.zeros([sizes[axis] for axis in shared], np.int64)
-        part: dict[str, NDArray[np.int64]] = {}
-        _place(layout, (axes, sizes), (start, shared), part)
-        found[name] = part[name]
-    return found
-
-
-def _place(
-    layout: Layout,
-    context: tuple[Mapping[str, tuple[str, ...]], Mapping[str, int]],
-    at: tuple[NDArray[np.int64], tuple[str, ...]],
-    found: dict[str, NDArray[np.int64]],
-) -> None:
-    """Record the places of every leaf; `at` holds the start of this piece for every index of the outer axes."""
-    (axes, sizes), (start, outer) = context, at
-    if isinstance(layout, Leaf):
-        name = layout.names[0]
-        order = [axis for axis in axes[name] if axis not in outer]
-        shape = [sizes[axis] for axis in order]
-        inner = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
-        full = start.reshape(*start.shape, *[1] * len(order)) + inner
-        have = (*outer, *order)
-        found[name] = full.transpose([have.index(axis) for axis in axes[name]])
-    elif isinstance(layout, Concat):
-        for part in layout.parts:
-            _place(part, context, (start, outer), found)
-            start = start + length(part, axes, sizes, outer)[0]
-    else:
-        split = ("g", "r") if layout.axis == "h" and "h" not in axes[leaves(layout)[0].names[0]] else (layout.axis,)
-        step = length(layout.body, axes, sizes, outer + split)[0]
-        shape = [sizes[axis] for axis in split]
-        inner = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape) * step
-        _place(layout.body, context, (start.reshape(*start.shape, *[1] * len(split)) + inner, (*outer, *split)), found)

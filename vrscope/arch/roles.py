@@ -80,6 +80,12 @@ class TensorRole:
     dims: tuple[str, ...]
     heads: tuple[HeadSplit, ...] = ()
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dimensions of a linear weight in the order `(..., out, in)`, others such as experts in front."""
+        last = (self.dims.index("out"), self.dims.index("in"))
+        return (*(dim for dim in range(len(self.dims)) if dim not in last), *last)
+
 
 def roles_from_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorRole]:
     """Return roles guessed from names and shapes alone, for statistics of an undeclared architecture."""

@@ -8,15 +8,17 @@ behind a norm, its rows before o), the scales of one are chosen as if the other 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.binding import Binding
 from vrscope.arch.spaces import GAIN_PAIR, RULES, Space, Term
 from vrscope.errors import PlanError
 from vrscope.rescale.profile import Profile
+
+if TYPE_CHECKING:
+    from vrscope.arch.binding import Binding
 
 Floats = NDArray[np.float64]
 Exponents = Mapping[str, Floats]

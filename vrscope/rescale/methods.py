@@ -7,14 +7,12 @@ space it wants to move. Rounding to powers of two, clamping and range checks are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.activations.importance import Calibration
-from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import Space
 from vrscope.checkpoint.source import Checkpoint
@@ -26,8 +24,10 @@ from vrscope.rescale.balance import cle, consecutive, smoothquant
 from vrscope.rescale.plan import POW2
 from vrscope.rescale.profile import Profile, balanced, side_sizes
 
+if TYPE_CHECKING:
+    from vrscope.activations.importance import Calibration
+    from vrscope.arch.binding import Binding
 Exponents = Mapping[str, NDArray[np.float64]]
-_SERIAL = Serial()
 MOST_ROUNDS = 16
 SHRINK = -3  # log2: below an eighth, the error through eps, which grows with the square, soon shows
 
@@ -106,7 +106,7 @@ class Situation:
     options: MethodOptions
     checkpoint: Checkpoint | None = None
     calibration: Calibration | None = None
-    executor: Executor = _SERIAL
+    executor: Executor = field(default_factory=Serial)
     progress: Progress = silent
 
     @property

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import GAIN_PAIR, NORM_FOLD, Space, Term
 from vrscope.checkpoint.source import BlockPlace, Checkpoint, StoredBlock, TensorInfo
@@ -28,6 +27,8 @@ from vrscope.stats.encoding import encoding
 
 if TYPE_CHECKING:
     import torch
+
+    from vrscope.arch.binding import Binding
 
 Dims = tuple[int, ...]  # dimensions along which a slice keeps its index
 Sums = dict[Dims, NDArray[np.float64]]  # four rows: the fields of Slices from `total` on

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.binding import Binding
 from vrscope.arch.roles import LINEAR
 from vrscope.checkpoint.source import Checkpoint, TensorInfo
 from vrscope.quant.formats import Format
@@ -24,6 +23,8 @@ from vrscope.tables import Column
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from vrscope.arch.binding import Binding
 
 REACH_COLUMNS = (
     Column("format", "", "Quantization format."),

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.activations.importance import Calibration
-from vrscope.arch.binding import Binding
-from vrscope.arch.roles import LINEAR, TensorRole
+from vrscope.arch.roles import LINEAR
 from vrscope.arch.spaces import Space
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.quant.formats import Format
+
+if TYPE_CHECKING:
+    from vrscope.activations.importance import Calibration
+    from vrscope.arch.binding import Binding
 
 Singles = NDArray[np.float32]
 
@@ -72,10 +74,10 @@ def readers_of(
         role = binding.roles[term.tensor]
         if term.power >= 0 or role.kind != LINEAR or term.tensor not in calibration.importance:
             continue
-        index = _oriented(term.index, role)
+        index = term.index.transpose(role.order)
         if index.shape[-2] != 1:
             continue  # moves rows as well, which is no column scale
-        stored = _oriented(checkpoint.read(term.tensor).float().numpy(), role)
+        stored = checkpoint.read(term.tensor).float().numpy().transpose(role.order)
         index = np.broadcast_to(index, (*stored.shape[:-2], 1, stored.shape[-1]))
         tables = [stored, calibration.importance[term.tensor], calibration.held_out[term.tensor]]
         tables += [] if slopes is None else [slopes[term.tensor]]
@@ -100,10 +102,3 @@ def may_turn(space: Space, binding: Binding, formats: Sequence[Format]) -> bool:
     books = any(entry.levels is not None and entry.levels.kind == "codebook" for entry in formats)
     writes = any(term.power > 0 and binding.roles[term.tensor].kind == LINEAR for term in space.terms)
     return space.signed and not all(entry.odd for entry in formats) and not (books and writes)
-
-
-def _oriented(array: NDArray[Any], role: TensorRole) -> NDArray[Any]:
-    """Return an array that broadcasts against a stored weight with `(out, in)` as its last dimensions."""
-    last = (role.dims.index("out"), role.dims.index("in"))
-    batch = [dim for dim in range(len(role.dims)) if dim not in last]
-    return array.transpose(*batch, *last)

@@ -18,10 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.activations.capture import oriented
-from vrscope.activations.importance import Calibration
-from vrscope.activations.trial import Rounding, Trial
-from vrscope.arch.binding import Binding
 from vrscope.arch.spaces import Space
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.executors import Executor
@@ -34,6 +30,10 @@ from vrscope.rescale.search import Scales, unit_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vrscope.activations.importance import Calibration
+    from vrscope.activations.trial import Rounding, Trial
+    from vrscope.arch.binding import Binding
 
 STAGE = "refining scales on the rounded model"
 PENALTY, STEP = 64.0, 2**0.5  # first tried, and from one to the next
@@ -235,7 +235,7 @@ def _rounding(task: Refinement, entry: Format, chosen: Chosen) -> Rounding:
         for part in parts:
             values = values * part
         rounded = torch.empty_like(values)
-        source, target = (oriented(tensor, task.binding.roles[name]) for tensor in (values, rounded))
+        source, target = (tensor.permute(task.binding.roles[name].order) for tensor in (values, rounded))
         for at in np.ndindex(*source.shape[:-2]):
             target[at] = entry.roundtrip(source[at].contiguous())
         for part in parts:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrscope.arch.binding import Binding
 from vrscope.arch.spaces import Space, Term, by_tensor
 from vrscope.checkpoint.room import new_room
 from vrscope.checkpoint.source import RowBlock, StoredBlock, TensorInfo
@@ -23,6 +22,8 @@ from vrscope.rescale.plan import POW2, RescalePlan
 
 if TYPE_CHECKING:
     import torch
+
+    from vrscope.arch.binding import Binding
 
 
 # Pattern of the largest finite magnitude.
