@@ -361,8 +361,7 @@ def test_an_interrupt_ends_with_130_wherever_it_comes(patch: str) -> None:
         ("analyze model --weights-only -o out", "statistics"),
         ("plan model -o out", "reading weights"),
         ("rescale model out --plan plan.json", "writing"),
-        ("rescale model out --plan plan.json", "proving"),
-        ("rescale model balanced --plan plan.json --force", "proving"),
+        ("rescale model balanced --plan plan.json --force", "writing"),
         ("verify model balanced", "proving"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vrscope.checkpoint.source import RowBlock, TensorInfo, open_checkpoint
 from vrscope.errors import CheckpointError, PlanError
-from vrscope.rescale.scaling import TensorScale, require_finite, scale_block
+from vrscope.rescale.scaling import TensorScale, require_finite, scale_block, scaled_bits
 
 TYPES = {
     "F64": torch.float64,
@@ -135,6 +135,28 @@ def test_not_a_number_is_refused_with_the_tensor_named(tmp_path, dtype):
     (block,) = checkpoint.row_blocks("some.weight")
     with pytest.raises(CheckpointError, match=r"some\.weight"):
         require_finite(checkpoint.tensors["some.weight"], block)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("exponent", [-3, 0, 2])
+@pytest.mark.parametrize("last", ["bits", "rows", "factors"])
+def test_scaling_refuses_what_is_not_finite_however_it_moves(tmp_path, dtype, exponent, last):
+    """Infinity must not become a number when its exponent falls, nor pass where it stays."""
+    worst = [torch.nan] if dtype == "F8_E4M3" else [torch.nan, torch.inf, -torch.inf]
+    for value in worst:
+        values = torch.ones(3, 4)
+        values[2, 3] = value
+        info = info_of(values.to(TYPES[dtype]), dtype)
+        path = write_safetensors(tmp_path / "model.safetensors", {"w": values.to(TYPES[dtype])})
+        checkpoint = open_checkpoint(path)
+        (place,) = checkpoint.block_places("w")
+        scale = {
+            "bits": TensorScale((np.full((1, 4), exponent),)),
+            "rows": TensorScale((np.array([[1], [1], [exponent]]),)),
+            "factors": TensorScale(factors=(np.full((1, 1), 2.0**exponent),)),
+        }[last]
+        with pytest.raises(CheckpointError, match="NaN or infinite"):
+            scaled_bits(info, checkpoint.read_stored(place), scale)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -1,8 +1,8 @@
 """Write a checkpoint again with other values: same shards, names, order, dtypes and metadata, streamed block by block.
 
 In: an opened checkpoint and a function from row block to row block. Out: a complete folder, synced to disk and proved
-by the caller before it takes its place, or nothing at all. Each shard is proved while the next one is written, so that
-it is read back from memory where it still is.
+by the caller before it takes its place, or nothing at all. Each block is read back and proved as soon as it is written,
+while it and its source are still in the caches of the processor.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -48,9 +47,9 @@ if TYPE_CHECKING:
     from vrscope.progress import Progress
 
 Transform = Callable[[TensorInfo, StoredBlock], "torch.Tensor | NDArray[np.unsignedinteger]"]
-Job = Callable[[], tuple[str, int]]  # returns the stage it belongs to and its bytes
+Proof = Callable[[Checkpoint, BlockPlace, StoredBlock], object]
 
-WRITING, PROVING = "writing", "proving"
+WRITING = "writing"
 _BLOCK_BYTES = 4 << 20
 _FLUSH_BYTES = 1 << 28  # so that the disk has little left to do in the end
 _SLACK_BYTES = 4 << 20  # for folders and rounding to file system blocks
@@ -65,7 +64,7 @@ def rewrite(
     force: bool,
     prove: Callable[[Checkpoint], None],
     progress: Progress,
-    prove_block: Callable[[Checkpoint, BlockPlace], object] | None = None,
+    prove_block: Proof | None = None,
     room: Room | None = None,
 ) -> None:
     """Write `source` to the folder `out` with the values that `transform` gives.
@@ -90,10 +89,10 @@ def rewrite(
     prove
         Called with the finished copy while it is still hidden; raises to reject it.
     progress
-        Told of the bytes written and of those proved.
+        Told of the bytes written (and proved).
     prove_block
-        Called with the copy, on any thread, for each block of each tensor whose shard is written whole; raises to
-        reject the copy.
+        Called with the copy, a place and the source's block there, on any thread, for each block of each tensor as soon
+        as it is written; raises to reject the copy. It may change the block.
     room
         Memory for the blocks that `transform` is given; None: of its own.
 
@@ -108,12 +107,12 @@ def rewrite(
     """
     target, files, total = _checked(source, out, extra, force=force)
     with staged(target, force=force) as folder, ThreadPoolExecutor(1) as background:
-        writer = _Writer(source, folder, target, out, progress, total, background, prove_block, room or Room())
+        copied = dataclasses.replace(source, name=str(out), folder=folder)
+        writer = _Writer(source, copied, folder, target, progress, total, background, prove_block, room or Room())
         for shard in source.shards:
             writer.shard(shard, transform)
-        writer.prove_rest()
         for name in files:
-            writer.copy(name)
+            writer.file(name)
         for name, text in extra.items():
             writer.text(name, text)
         copy = open_checkpoint(folder / (source.index or source.shards[0]))
@@ -128,21 +127,19 @@ class _Writer:
     """Writes the files of one copy, has them proved, and counts their bytes."""
 
     source: Checkpoint
+    copied: Checkpoint  # headers are copied as they are, so the tensors lie where they do in the source
     folder: Path
     target: Path
-    out: Path
     progress: Progress
     total: int
     background: Executor
-    prove_block: Callable[[Checkpoint, BlockPlace], object] | None
+    prove_block: Proof | None
     room: Room
     done: int = 0
-    proved: int = 0
-    unproved: list[TensorInfo] = field(default_factory=list)  # of the shard written last
     flushing: list[Future[None]] = field(default_factory=list)
 
     def shard(self, shard: str, transform: Transform) -> None:
-        """Write one shard: its header as it is, then the transformed tensors; prove the one before in between."""
+        """Write one shard: its header as it is, then the transformed tensors, each block proved once it is written."""
         path = self.source.folder / shard
         header = read_header(path, shard)
         tensors = tuple(info for info in self.source.tensors.values() if info.shard == shard)
@@ -152,76 +149,49 @@ class _Writer:
             with output_errors(self.target):
                 reserve(file.fileno(), max((info.end for info in tensors), default=header.data_start))
             self._stretch(file, original, header.data_start)
-            self._run(_in_turn(self._moves(original, file, transform, tensors), self._proofs()), file)
-            self._finish(file, path)
-        self.unproved = list(tensors)
-
-    def prove_rest(self) -> None:
-        """Prove the shard that was written last."""
-        self._run(self._proofs())
-
-    def _run(self, jobs: Iterable[Job], file: IO[bytes] | None = None) -> None:
-        """Run jobs on all cores and tell of their progress; begin to flush the `file` they write now and then."""
-        flushed = self.done
-        size = sum(info.size_bytes for info in self.source.tensors.values())
-        for stage, count in default_executor().map(_call, jobs):
-            if stage == PROVING:
-                self.proved += count
-                self.progress(PROVING, self.proved, size, "bytes")
-            else:
+            flushed = self.done
+            for count in default_executor().map(_call, self._moves(original, file, transform, tensors)):
                 self._count(count)
-                if file is not None and self.done - flushed >= _FLUSH_BYTES:
+                if self.done - flushed >= _FLUSH_BYTES:
                     self._flush(file)
                     flushed = self.done
+            self._finish(file, path)
+
+    def _moves(
+        self, original: IO[bytes], file: IO[bytes], transform: Transform, tensors: Sequence[TensorInfo]
+    ) -> Iterator[Callable[[], int]]:
+        """Yield what writes and proves one piece, and returns its bytes: a block of floats, or another tensor."""
+        for info in tensors:
+            if info.is_float:
+                for place in self.source.block_places(info.name, _BLOCK_BYTES):
+                    yield partial(self._move, info, place, file, transform)
+            else:
+                yield partial(self._copy, info, original, file)
+
+    def _move(self, info: TensorInfo, place: BlockPlace, file: IO[bytes], transform: Transform) -> int:
+        block = self.source.read_stored(place, self.room)
+        data = _checked_bytes(info, block, transform(info, block))
+        with output_errors(self.target):
+            write_at(file, data, self.source.position(place))
+        if self.prove_block is not None:
+            self.prove_block(self.copied, place, block)
+        return len(data)
+
+    def _copy(self, info: TensorInfo, original: IO[bytes], file: IO[bytes]) -> int:
+        for first in range(info.start, info.end, PIECE_BYTES):
+            data = read_at(original, range(first, min(first + PIECE_BYTES, info.end)))
+            with output_errors(self.target):
+                write_at(file, data, first)
+        if self.prove_block is not None:
+            for place in self.source.block_places(info.name, _BLOCK_BYTES):
+                self.prove_block(self.copied, place, self.source.read_stored(place, self.room))
+        return info.size_bytes
 
     def _flush(self, file: IO[bytes]) -> None:
         """Begin to flush a file to the disk, beside the work that follows."""
         self.flushing.append(self.background.submit(flush_and_close, os.dup(file.fileno())))
 
-    def _proofs(self) -> Iterator[Job]:
-        """Yield the proofs of the shard written last, block by block."""
-        if self.prove_block is None:
-            return
-        # Headers are copied as they are, so the tensors lie where they do in the source.
-        copy = dataclasses.replace(self.source, name=str(self.out), folder=self.folder)
-        for info in self.unproved:
-            for place in self.source.block_places(info.name, _BLOCK_BYTES):
-                yield partial(self._prove, self.prove_block, copy, place)
-
-    def _prove(
-        self, prove_block: Callable[[Checkpoint, BlockPlace], object], copy: Checkpoint, place: BlockPlace
-    ) -> tuple[str, int]:
-        prove_block(copy, place)
-        info = self.source.tensors[place.name]
-        return PROVING, place.rows * place.columns * info.size_bytes // info.numel
-
-    def _moves(
-        self, original: IO[bytes], file: IO[bytes], transform: Transform, tensors: Sequence[TensorInfo]
-    ) -> Iterator[Job]:
-        """Yield what reads, transforms and writes one piece: a block of a float tensor, or a stretch of another."""
-
-        def move(info: TensorInfo, place: BlockPlace | range) -> tuple[str, int]:
-            data: bytes | memoryview
-            if isinstance(place, range):
-                data, position = read_at(original, place), place.start
-            else:
-                block = self.source.read_stored(place, self.room)
-                data, position = _checked_bytes(info, block, transform(info, block)), self.source.position(place)
-            with output_errors(self.target):
-                write_at(file, data, position)
-            return WRITING, len(data)
-
-        for info in tensors:
-            places: Iterable[BlockPlace | range]
-            if info.is_float:
-                places = self.source.block_places(info.name, _BLOCK_BYTES)
-            else:
-                starts = range(info.start, info.end, PIECE_BYTES)
-                places = (range(first, min(first + PIECE_BYTES, info.end)) for first in starts)
-            for place in places:
-                yield partial(move, info, place)
-
-    def copy(self, name: str) -> None:
+    def file(self, name: str) -> None:
         """Copy one file by content, also where it is a link."""
         path = self.source.folder / name
         with open_source(path) as original, self._new(name) as file:
@@ -269,14 +239,8 @@ class _Writer:
             self._flush(file)
 
 
-def _call(job: Job) -> tuple[str, int]:
+def _call(job: Callable[[], int]) -> int:
     return job()
-
-
-def _in_turn(first: Iterator[Job], second: Iterator[Job]) -> Iterator[Job]:
-    """Yield jobs of both in turn, then the rest of the longer."""
-    for pair in zip_longest(first, second):
-        yield from (job for job in pair if job is not None)
 
 
 def check_target(source: Checkpoint, out: Path, *, force: bool) -> None:

@@ -62,9 +62,11 @@ def apply_plan(
     rooms = Room(), Room()  # each thread writes a block or proves one, so both are done in the same memory
 
     def transform(info: TensorInfo, block: StoredBlock) -> NDArray[np.unsignedinteger]:
-        require_finite(info, block)
         scale = scales.get(info.name)
-        return block.bits if scale is None else scaled_bits(info, block, scale, rooms[1])
+        if scale is None:
+            require_finite(info, block)
+            return block.bits
+        return scaled_bits(info, block, scale, rooms[1])
 
     def proof(copy: Checkpoint) -> None:
         nonlocal done

@@ -24,7 +24,7 @@ def shift_exponents(
     columns: NDArray[np.signedinteger],
     mantissa_bits: int,
     magnitude_mask: int,
-    largest_exponent: int,
+    largest_finite: int,
 ) -> bool:
     """Write `bits` with `rows[i] + columns[j]` added to the exponent of every element; return whether all could be.
 
@@ -41,10 +41,10 @@ def shift_exponents(
         Mantissa bits of the type.
     magnitude_mask
         All bits but the sign.
-    largest_exponent
-        Largest exponent field of its normal numbers.
+    largest_finite
+        Pattern of its largest finite magnitude; above are infinity and NaN, which cannot be moved.
     """
-    return bool(_shifting(mantissa_bits)(bits, moved, rows, columns, magnitude_mask, largest_exponent))
+    return bool(_shifting(mantissa_bits)(bits, moved, rows, columns, magnitude_mask, largest_finite))
 
 
 @cache
@@ -61,10 +61,11 @@ def _shifting(mantissa_bits: int) -> Callable[..., Any]:
         rows: NDArray[np.signedinteger],
         columns: NDArray[np.signedinteger],
         magnitude_mask: int,
-        largest_exponent: int,
+        largest_finite: int,
     ) -> Any:
         kind, lane = bits.dtype.type, columns.dtype.type
-        magnitude, largest, zero = lane(magnitude_mask), lane(largest_exponent), lane(0)
+        magnitude, finite, zero, one = lane(magnitude_mask), lane(largest_finite), lane(0), lane(1)
+        largest = lane((magnitude >> mantissa_bits) - one)  # the field above is that of infinity and NaN
         complete = True
         for i in range(bits.shape[0]):
             values, out = bits[i], moved[i]
@@ -78,7 +79,7 @@ def _shifting(mantissa_bits: int) -> Callable[..., Any]:
                 step = lane(move << mantissa_bits) if absolute != 0 else zero
                 touched = move if absolute != 0 else zero
                 bad = (field == 0) | (target < 1) | (target > largest)
-                lost = lane(lost | (touched if bad else zero))
+                lost = lane(lost | (touched if bad else zero) | (one if absolute > finite else zero))
                 out[j] = kind(lane(values[j]) + step)
             complete &= lost == 0
         return complete

@@ -293,8 +293,9 @@ def _encode(values: NDArray[Any], scales: str) -> str | list[float]:
         return [float(value) for value in values]
     starts = np.flatnonzero(np.diff(values, prepend=values[:1] + 1))  # of runs of equal exponents
     counts = np.diff(starts, append=len(values))
-    runs = zip(values[starts].tolist(), counts.tolist(), strict=True)
-    return " ".join(f"{exponent}x{count}" if count > 1 else f"{exponent}" for exponent, count in runs)
+    runs = list(zip(values[starts].tolist(), counts.tolist(), strict=True))
+    words = {run: f"{run[0]}x{run[1]}" if run[1] > 1 else f"{run[0]}" for run in set(runs)}  # few differ
+    return " ".join([words[run] for run in runs])
 
 
 def _decode(text: str | list[float], scales: str) -> NDArray[Any]:

@@ -166,7 +166,6 @@ def profile_parts(
     def visit(info: TensorInfo, block: StoredBlock) -> tuple[Sums, float]:
         scale = after.get(info.name)
         if scale is not None:
-            require_finite(info, block)
             block = replace(block, bits=scaled_bits(info, block, scale))
         return (_sum_matrix if len(info.shape) <= 2 else _sum_tensor)(info, block, wanted[info.name])
 

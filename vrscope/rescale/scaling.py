@@ -8,7 +8,7 @@ negative scale also turns the sign bit, which is exact for every value.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ _LARGEST_FINITE = {
 }
 # Bits of a value and of its mantissa. F8_E4M3 has finite values in its top exponent field; those are multiplied.
 _BITS = {"F64": (64, 52), "F32": (32, 23), "F16": (16, 10), "BF16": (16, 7), "F8_E4M3": (8, 3), "F8_E5M2": (8, 2)}
+_FEW = 8  # more than are used at once, by one thread per core
 _NARROW = 1 << 13  # exponents below fit 16 bits, also when a field of the type is added
 
 
@@ -121,11 +122,15 @@ def tensor_scales(binding: Binding, plan: RescalePlan) -> Mapping[str, TensorSca
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PlanScales(Mapping[str, TensorScale]):
-    """The scales of a plan by tensor, made when asked for: kept, they would take memory for every channel."""
+    """The scales of a plan by tensor, made when asked for: all of them would take memory for every channel.
+
+    The last few are kept, as blocks of one tensor come one after the other.
+    """
 
     plan: RescalePlan
     uses: Mapping[str, Sequence[tuple[Space, Term]]]  # all of the tensors that the plan scales; of affine ones none
     moved: frozenset[str]  # names of the spaces that the plan scales
+    made: dict[str, TensorScale] = field(default_factory=dict)
 
     @classmethod
     def of(cls, binding: Binding, plan: RescalePlan) -> _PlanScales:
@@ -144,6 +149,15 @@ class _PlanScales(Mapping[str, TensorScale]):
         return cls(plan, uses, moved)
 
     def __getitem__(self, name: str) -> TensorScale:
+        found = self.made.get(name)
+        if found is None:
+            found = self._make(name)
+            if len(self.made) >= _FEW:
+                self.made.clear()
+            self.made[name] = found
+        return found
+
+    def _make(self, name: str) -> TensorScale:
         plan = self.plan
         if name in plan.zeroed or name in plan.affine:
             return TensorScale(affine=(0.0, 0.0) if name in plan.zeroed else plan.affine[name])
@@ -224,7 +238,8 @@ def _shift(
 ) -> NDArray[np.unsignedinteger] | None:
     """Return the stored bits of a block with its exponents moved, shape `(rows, columns)`.
 
-    None where bits alone cannot do it: other scales than powers of two, subnormal numbers, limits of the type.
+    None where bits alone cannot do it: other scales than powers of two, subnormal numbers, limits of the type, NaN and
+    infinity.
     """
     from vrscope.rescale.kernels import shift_exponents
 
@@ -246,8 +261,8 @@ def _shift(
     bits = _bits(block)
     moved = room(bits.nbytes).view(bits.dtype).reshape(bits.shape)
     magnitude = (1 << (width - 1)) - 1
-    largest = (magnitude >> mantissa) - 1  # the field above it is infinity and NaN
-    done = shift_exponents(bits, moved, rows.astype(lane), columns.astype(lane), mantissa, magnitude, largest)
+    finite = _LARGEST_FINITE[info.dtype]
+    done = shift_exponents(bits, moved, rows.astype(lane), columns.astype(lane), mantissa, magnitude, finite)
     if not done:
         return None
     scale.turn(info, block, moved)
@@ -266,9 +281,14 @@ def scaled_bits(
     ------
     PlanError
         As `scale_block`.
+    CheckpointError
+        If an element is not finite.
     """
-    shifted = _shift(info, block, scale, room)
-    return _bits(RowBlock(0, scale_block(info, block, scale))) if shifted is None else shifted
+    shifted = _shift(info, block, scale, room)  # only if all are finite
+    if shifted is not None:
+        return shifted
+    require_finite(info, block)
+    return _bits(RowBlock(0, scale_block(info, block, scale)))
 
 
 def _bits(block: RowBlock | StoredBlock) -> NDArray[np.unsignedinteger]:

@@ -81,15 +81,25 @@ class BlockProof:
     scales: Mapping[str, TensorScale]
     rooms: tuple[Room, Room] = field(default_factory=lambda: (Room(), Room()))
 
-    def __call__(self, copy: Checkpoint, place: BlockPlace) -> tuple[int, int]:
+    def __call__(self, copy: Checkpoint, place: BlockPlace, ours: StoredBlock | None = None) -> tuple[int, int]:
         """Compare one block of a copy with the original; return its elements and bytes.
+
+        Parameters
+        ----------
+        copy
+            The copy, which is read.
+        place
+            Of the block.
+        ours
+            The original's block, whose bits may be changed; None if it is to be read.
 
         Raises
         ------
         VerificationError
             If an element differs from what the scales make of it.
         """
-        ours, theirs = self.original.read_stored(place, self.rooms[0]), copy.read_stored(place, self.rooms[1])
+        ours = self.original.read_stored(place, self.rooms[0]) if ours is None else ours
+        theirs = copy.read_stored(place, self.rooms[1])
         _compare(self.original.tensors[place.name], ours, theirs, self.scales.get(place.name, TensorScale()))
         return ours.bits.size, ours.bits.nbytes
 
