@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from vrscope.compiling import compiled
 from vrscope.quant.kernels import nearest
-from vrscope.rescale.search_kernels import INTEGER, SYMMETRIC, codes_of
+from vrscope.rescale.grid_kernels import INTEGER, SYMMETRIC, Form, Grid, Singles, form_of, grid_of, rounded, same_grid
 from vrscope.rescale.sum_kernels import summing
 
-Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -29,26 +28,14 @@ def _span(values: Singles, n: int) -> tuple[np.float32, np.float32]:
     return low, high
 
 
-@compiled
-def _grid(low: np.float32, high: np.float32, kind: int, top: np.float32) -> tuple[np.float32, np.float32, np.float32]:
-    """Return step, its inverse and the code of zero of a unit with this span; inverse 0 if everything in it is zero."""
-    if kind == INTEGER:
-        step = (high - low) / top
-        return (step, _ONE / step, np.rint(-low / step)) if step > _ZERO else (_ONE, _ZERO, _ZERO)
-    largest = max(high, -low)
-    if not largest > _ZERO:
-        return _ONE, _ZERO, _ZERO
-    return (largest / top, top / largest, _ZERO) if kind == SYMMETRIC else (largest, _ONE / largest, _ZERO)
-
-
 @summing
 def _around(
     values: Singles,
     undo: Singles,
     error: Singles,
     place: tuple[Singles, Singles, int, int, int],
-    grid: tuple[np.float32, np.float32, np.float32],
-    format_: tuple[int, np.float32, tuple[np.float32, ...], tuple[np.float32, ...]],
+    grid: Grid,
+    form: Form,
 ) -> tuple[np.float32, np.float32]:
     """Return what rounding a whole unit on a new grid gains by the slope, and half of what it costs by importance.
 
@@ -56,14 +43,14 @@ def _around(
     """
     importance, slope, i, first, n = place
     step, inverse, zero = grid
-    kind, top, code, bounds = format_
+    kind, top, code, bounds = form
     gain, cost = _ZERO, _ZERO
     if kind == INTEGER:
         lowest, highest = -zero, top - zero
         for j in range(n):
             t, at = np.uint64(j), np.uint64(first + j)
-            rounded = min(max(np.rint(values[t] * inverse), lowest), highest) * step
-            change = (values[t] - rounded) * undo[t] - error[t]
+            level = min(max(np.rint(values[t] * inverse), lowest), highest)
+            change = (values[t] - level * step) * undo[t] - error[t]
             gain += slope[i, at] * change
             cost += importance[i, at] * change * change
     elif kind == SYMMETRIC:
@@ -112,8 +99,7 @@ def look(
         Added to; shape `(moves, columns)`.
     """
     kind, top, size, book = format_
-    code, bounds = codes_of(book)
-    form = (kind, top, code, bounds)
+    form = form_of(kind, top, book)
     rows, columns = weight.shape
     values, undo, error = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     for i in range(rows):
@@ -123,9 +109,9 @@ def look(
                 values[j] = weight[i, first + j] * factors[first + j]
                 undo[j] = _ONE / factors[first + j]
             low, high = _span(values, n)
-            own = _grid(low, high, kind, top)
+            own = grid_of(low, high, form)
             for j in range(n):
-                error[j] = (values[j] - _one(values[j], own, form)) * undo[j]
+                error[j] = (values[j] - rounded(values[j], own, form)) * undo[j]
             place = (importance, slope, i, first, n)
             for j in range(n):
                 was = values[j]
@@ -140,36 +126,14 @@ def look(
                 for m in range(moves.size):
                     now = was * moves[m]
                     new_low, new_high = min(rest_low, now), max(rest_high, now)
-                    if kind == INTEGER:
-                        same = new_low == low and new_high == high
-                    else:
-                        same = max(new_high, -new_low) == max(high, -low)
-                    if same:
-                        change = (now - _one(now, own, form)) * (back / moves[m]) - error[j]
+                    if same_grid((low, high), (new_low, new_high), form):
+                        change = (now - rounded(now, own, form)) * (back / moves[m]) - error[j]
                         gain[m, first + j] += slope[i, first + j] * change
                         cost[m, first + j] += np.float32(0.5) * importance[i, first + j] * change * change
                     else:
                         values[j], undo[j] = now, back / moves[m]
-                        grid = _grid(new_low, new_high, kind, top)
+                        grid = grid_of(new_low, new_high, form)
                         gained, paid = _around(values, undo, error, place, grid, form)
                         gain[m, first + j] += gained
                         cost[m, first + j] += paid
                         values[j], undo[j] = was, back
-
-
-@compiled
-def _one(
-    value: np.float32,
-    grid: tuple[np.float32, np.float32, np.float32],
-    form: tuple[int, np.float32, tuple[np.float32, ...], tuple[np.float32, ...]],
-) -> np.float32:
-    """Return one value rounded on a grid."""
-    step, inverse, zero = grid
-    kind, top, code, bounds = form
-    if kind == INTEGER:
-        rounded = min(max(np.rint(value * inverse), -zero), top - zero)
-    elif kind == SYMMETRIC:
-        rounded = np.rint(value * inverse)
-    else:
-        rounded = nearest(value * inverse, bounds, code)
-    return np.float32(rounded * step)

@@ -256,7 +256,7 @@ class _Work:
 def unit_parameters(entry: Format, columns: int) -> tuple[int, float, int, NDArray[np.float32]]:
     """Return kind, largest integer, columns per unit and code book of a format, as the kernels take them."""
     from vrscope.quant.roundtrip import codebook
-    from vrscope.rescale.search_kernels import CODEBOOK, INTEGER, SYMMETRIC
+    from vrscope.rescale.grid_kernels import CODEBOOK, INTEGER, SYMMETRIC
 
     assert entry.levels is not None
     kind = {"integer": INTEGER, "symmetric": SYMMETRIC, "codebook": CODEBOOK}[entry.levels.kind]

@@ -12,61 +12,112 @@ from numpy.typing import NDArray
 
 from vrscope.compiling import compiled
 from vrscope.quant.kernels import nearest
+from vrscope.rescale.grid_kernels import (
+    INTEGER,
+    SYMMETRIC,
+    Form,
+    Grid,
+    Singles,
+    adding,
+    form_of,
+    grid_of,
+    rounded,
+    same_grid,
+)
 
-INTEGER, SYMMETRIC, CODEBOOK = range(3)
-Singles = NDArray[np.float32]
 Longs = NDArray[np.int64]
 
-_ZERO = np.float32(0)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@compiled
-def codes_of(book: Singles) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
-    """Return the codes and the bounds of a code book of 16 codes and 15 bounds as tuples, which stay in registers."""
-    b = book
-    code = (b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15])
-    return code, (
-        *(b[16], b[17], b[18], b[19], b[20], b[21], b[22], b[23], b[24], b[25], b[26], b[27], b[28], b[29], b[30]),
-    )
-
-
-@compiled
-def _round(v: Singles, n: int, span: tuple[np.float32, np.float32], kind: int, top: np.float32, book: Singles) -> None:
-    """Round the first `n` of `v` in place; `span` is their least and largest value, 0 included.
-
-    `book` holds 16 codes and the 15 bounds between them.
-    """
-    low, high = span
-    if kind == INTEGER:
-        scale = (high - low) / top
-        if scale > _ZERO:
-            zero = np.rint(-low / scale)
-            inverse = np.float32(1) / scale
-            for j in range(n):
-                code = np.rint(v[j] * inverse) + zero
-                code = min(max(code, _ZERO), top)
-                v[j] = (code - zero) * scale
-    else:
-        largest = max(high, -low)
-        if largest > _ZERO:
-            if kind == SYMMETRIC:
-                inverse, step = top / largest, largest / top
-                for j in range(n):
-                    v[j] = np.rint(v[j] * inverse) * step
-            else:
-                inverse = np.float32(1) / largest
-                code, bounds = codes_of(book)
-                for j in range(n):
-                    v[j] = nearest(v[j] * inverse, bounds, code) * largest
-
-
-@compiled
-def _span(weight: Singles, row: int, first: int, last: int, factors: Singles) -> tuple[np.float32, np.float32]:
+@adding
+def _span(weight: Singles, row: int, place: tuple[int, int], factors: Singles) -> tuple[np.float32, np.float32]:
+    """Return the least and the largest scaled value of a unit, 0 included; `place` is its first column and its size."""
+    first, n = place
     low, high = _ZERO, _ZERO
-    for j in range(first, last):
-        v = weight[row, j] * factors[j]
+    for j in range(n):
+        at = np.uint64(first + j)
+        v = weight[row, at] * factors[at]
         low, high = min(low, v), max(high, v)
     return low, high
+
+
+@adding
+def _unit(
+    weight: Singles,
+    importance: Singles,
+    factors: Singles,
+    undo: Singles,
+    error: Singles,
+    row: int,
+    place: tuple[int, int],
+    grid: Grid,
+    form: Form,
+) -> np.float32:
+    """Fill the errors of a unit rounded on a grid and return the sum of importance * error^2."""
+    first, n = place
+    step, inverse, zero = grid
+    kind, top, code, bounds = form
+    total = _ZERO
+    if kind == INTEGER:
+        lowest, highest = -zero, top - zero
+        for j in range(n):
+            at = np.uint64(first + j)
+            level = min(max(np.rint(weight[row, at] * factors[at] * inverse), lowest), highest)
+            error[row, at] = weight[row, at] - level * step * undo[at]
+            total += importance[row, at] * error[row, at] * error[row, at]
+    elif kind == SYMMETRIC:
+        for j in range(n):
+            at = np.uint64(first + j)
+            level = np.rint(weight[row, at] * factors[at] * inverse)
+            error[row, at] = weight[row, at] - level * step * undo[at]
+            total += importance[row, at] * error[row, at] * error[row, at]
+    else:
+        for j in range(n):
+            at = np.uint64(first + j)
+            level = nearest(weight[row, at] * factors[at] * inverse, bounds, code)
+            error[row, at] = weight[row, at] - level * step * undo[at]
+            total += importance[row, at] * error[row, at] * error[row, at]
+    return total
+
+
+@adding
+def _moved(
+    weight: Singles,
+    importance: Singles,
+    factors: Singles,
+    undo: Singles,
+    error: Singles,
+    row: int,
+    place: tuple[int, int],
+    grid: Grid,
+    form: Form,
+) -> np.float32:
+    """Return by how much the sum of importance * error^2 of a unit grows on another grid."""
+    first, n = place
+    step, inverse, zero = grid
+    kind, top, code, bounds = form
+    total = _ZERO
+    if kind == INTEGER:
+        lowest, highest = -zero, top - zero
+        for j in range(n):
+            at = np.uint64(first + j)
+            level = min(max(np.rint(weight[row, at] * factors[at] * inverse), lowest), highest)
+            e, before = weight[row, at] - level * step * undo[at], error[row, at]
+            total += importance[row, at] * (e * e - before * before)
+    elif kind == SYMMETRIC:
+        for j in range(n):
+            at = np.uint64(first + j)
+            level = np.rint(weight[row, at] * factors[at] * inverse)
+            e, before = weight[row, at] - level * step * undo[at], error[row, at]
+            total += importance[row, at] * (e * e - before * before)
+    else:
+        for j in range(n):
+            at = np.uint64(first + j)
+            level = nearest(weight[row, at] * factors[at] * inverse, bounds, code)
+            e, before = weight[row, at] - level * step * undo[at], error[row, at]
+            total += importance[row, at] * (e * e - before * before)
+    return total
 
 
 @compiled
@@ -95,23 +146,17 @@ def start(
         Out: least and largest value of each unit, shape `(rows, units, 2)`.
     """
     kind, top, size, book = format_
+    form = form_of(kind, top, book)
     rows, columns = weight.shape
-    values = np.empty(size, np.float32)
+    undo = _ONE / factors
     damage = 0.0  # in double precision, as it sums over rows
     for i in range(rows):
         for unit in range(spans.shape[1]):
-            first, last = unit * size, min(columns, (unit + 1) * size)
-            low, high = _span(weight, i, first, last, factors)
+            place = (unit * size, min(size, columns - unit * size))
+            low, high = _span(weight, i, place, factors)
             spans[i, unit, 0], spans[i, unit, 1] = low, high
-            for j in range(first, last):
-                values[j - first] = weight[i, j] * factors[j]
-            _round(values, last - first, (low, high), kind, top, book)
-            part = _ZERO
-            for j in range(first, last):
-                e = weight[i, j] - values[j - first] / factors[j]
-                error[i, j] = e
-                part += importance[i, j] * e * e
-            damage += float(part)
+            grid = grid_of(low, high, form)
+            damage += float(_unit(weight, importance, factors, undo, error, i, place, grid, form))
     return damage / 2
 
 
@@ -120,54 +165,46 @@ def change(
     weight: Singles,
     importance: Singles,
     factors: Singles,
+    undo: Singles,
     format_: tuple[int, np.float32, int, Singles],
     error: Singles,
     spans: Singles,
     column: int,
     factor: np.float32,
     keep: bool,
-    values: Singles,
 ) -> float:
     """Return by how much another factor of one column changes the damage; with `keep`, also make the change.
 
-    Parameters are those of `start`; `values` is room for one unit.
+    Parameters are those of `start`; `undo` is one over the factors, exactly.
     """
     kind, top, size, book = format_
+    form = form_of(kind, top, book)
     unit = column // size
-    first, last = unit * size, min(weight.shape[1], (unit + 1) * size)
+    place = (unit * size, min(size, weight.shape[1] - unit * size))
     old = factors[column]
-    factors[column] = factor
+    factors[column], undo[column] = factor, _ONE / factor
     found = np.float64(0)
     for i in range(weight.shape[0]):
         low0, high0 = spans[i, unit, 0], spans[i, unit, 1]
         was, now = weight[i, column] * old, weight[i, column] * factor
         if was <= low0 or was >= high0:
-            low, high = _span(weight, i, first, last, factors)
+            low, high = _span(weight, i, place, factors)
         else:
             low, high = min(low0, now), max(high0, now)
-        same = low == low0 and high == high0 if kind == INTEGER else max(high, -low) == max(high0, -low0)
-        if same:
-            values[0] = now
-            _round(values, 1, (low, high), kind, top, book)
-            e, before = weight[i, column] - values[0] / factor, error[i, column]
+        grid = grid_of(low, high, form)
+        if same_grid((low0, high0), (low, high), form):
+            e, before = weight[i, column] - rounded(now, grid, form) * undo[column], error[i, column]
             found += importance[i, column] * (e * e - before * before)
             if keep:
                 error[i, column] = e
         else:
-            for j in range(first, last):
-                values[j - first] = weight[i, j] * factors[j]
-            _round(values, last - first, (low, high), kind, top, book)
-            part = _ZERO
-            for j in range(first, last):
-                e, before = weight[i, j] - values[j - first] / factors[j], error[i, j]
-                part += importance[i, j] * (e * e - before * before)
-                if keep:
-                    error[i, j] = e
-            found += part
+            found += _moved(weight, importance, factors, undo, error, i, place, grid, form)
+            if keep:
+                _unit(weight, importance, factors, undo, error, i, place, grid, form)
         if keep:
             spans[i, unit, 0], spans[i, unit, 1] = low, high
     if not keep:
-        factors[column] = old
+        factors[column], undo[column] = old, _ONE / old
     return float(found / 2)
 
 
@@ -209,7 +246,7 @@ def sweep(
     kinds, tops, sizes, books, shares = formats
     columns, begins, order = places
     power, limit, signed = limits
-    values = np.empty(sizes.max(), np.float32)
+    undo = _ONE / factors
     moved = 0
     for scale in order:
         own = columns[begins[scale] : begins[scale + 1]]  # which share one factor
@@ -225,7 +262,7 @@ def sweep(
                 format_ = (kinds[f], tops[f], sizes[f], books[f])
                 for column in own:
                     cost += shares[f] * change(
-                        weight, importance, factors, format_, errors[f], spans[f], column, factor, False, values
+                        weight, importance, factors, undo, format_, errors[f], spans[f], column, factor, False
                     )
             if cost < best:
                 best, step, chosen = cost, direction, factor
@@ -236,9 +273,9 @@ def sweep(
             for f in range(kinds.size):
                 format_ = (kinds[f], tops[f], sizes[f], books[f])
                 for column in own:
-                    change(weight, importance, factors, format_, errors[f], spans[f], column, chosen, True, values)
+                    change(weight, importance, factors, undo, format_, errors[f], spans[f], column, chosen, True)
                 for column in own:
-                    factors[column] = old  # the next format starts from the same
+                    factors[column], undo[column] = old, _ONE / old  # the next format starts from the same
             for column in own:
-                factors[column] = chosen
+                factors[column], undo[column] = chosen, _ONE / chosen
     return moved
