@@ -171,7 +171,7 @@ def describe(
     PlanError
         If the plan is not for this checkpoint.
     """
-    from vrscope.rescale.scaling import check_plan
+    from vrscope.rescale.fitting import check_plan
     from vrscope.rescale.survey import survey_plan
 
     started = time.monotonic()
@@ -312,8 +312,8 @@ def verify(
     VerificationError
         If they are not the same function, or no plan says how they should differ.
     """
+    from vrscope.rescale.fitting import check_plan
     from vrscope.rescale.plan import NOT_EQUIVALENT
-    from vrscope.rescale.scaling import check_plan
     from vrscope.rescale.verify import prove
 
     started = time.monotonic()

@@ -226,8 +226,19 @@ def _drawn_loss(logits: Tensor, generator: Generator) -> Tensor:
     predicted = torch.log_softmax(logits, dim=-1)
     if not torch.isfinite(predicted).all():
         return predicted.sum()  # not finite either, which the caller refuses
-    labels = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator)
-    return -predicted.gather(1, labels.to(predicted.device)).sum()
+    return -predicted.gather(1, _drawn(predicted.detach(), generator)).sum()
+
+
+def _drawn(predicted: Tensor, generator: Generator) -> Tensor:
+    """Return one label per row, shape `(tokens, 1)`, drawn with the logarithms of probabilities `predicted`.
+
+    By one number per row and running sums: `torch.multinomial` draws a number for every word of the vocabulary.
+    """
+    import torch
+
+    reached = predicted.exp().cumsum(dim=-1)
+    drawn = torch.rand((len(reached), 1), generator=generator).to(reached.device) * reached[:, -1:]
+    return torch.searchsorted(reached, drawn, right=True).clamp_(max=reached.shape[-1] - 1)
 
 
 def _projected_loss(states: Tensor, generator: Generator) -> Tensor:

@@ -20,6 +20,7 @@ from vrscope.activations.capture import Site, SiteMap
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
+from vrscope.executors import Executor, Serial
 from vrscope.quant.loading import LoadedModel
 from vrscope.quant.spool import Spool
 from vrscope.quant.text import TextSample
@@ -27,6 +28,7 @@ from vrscope.quant.text import TextSample
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SERIAL = Serial()
 Rounding = Callable[[str, "Tensor"], "Tensor"]  # name and float32 values of a stored weight, to what they become
 
 
@@ -54,8 +56,11 @@ class Trial:
     outputs: Spool = field(default_factory=Spool)
 
     @contextmanager
-    def rounded(self, rounding: Rounding) -> Iterator[None]:
-        """Replace the linear weights that formats quantize while inside; one more copy of them is held meanwhile."""
+    def rounded(self, rounding: Rounding, executor: Executor = _SERIAL) -> Iterator[None]:
+        """Replace the linear weights that formats quantize while inside; one more copy of them is held meanwhile.
+
+        `rounding` is called on the threads of the executor.
+        """
         parts: dict[str, list[tuple[Tensor, Site]]] = {}
         running = {id(entry.parameter): entry.parameter for entry, _ in self.sites.held}
         originals = {key: parameter.data for key, parameter in running.items()}
@@ -66,10 +71,14 @@ class Trial:
                 for site in sites:
                     if site.tensor not in self.sites.kept:
                         parts.setdefault(site.tensor, []).append((entry.matrix()[site.outputs], site))
-            for name, places in parts.items():
+
+            def replace(name: str) -> None:
                 values = rounding(name, self.checkpoint.read(name).float())
-                for matrix, site in places:
+                for matrix, site in parts[name]:
                     matrix.copy_(site.matrix(values, self.roles[name]))
+
+            for _ in executor.map(replace, parts):
+                pass  # for its errors
             yield
         finally:
             for key, parameter in running.items():

@@ -14,8 +14,9 @@ from vrscope.checkpoint.source import Checkpoint, StoredBlock, TensorInfo
 from vrscope.checkpoint.writer import rewrite
 from vrscope.compiling import rehearse
 from vrscope.progress import Progress
+from vrscope.rescale.fitting import check_plan
 from vrscope.rescale.plan import PLAN_FILE, POW2, RescalePlan
-from vrscope.rescale.scaling import check_plan, require_finite, scaled_bits, tensor_scales
+from vrscope.rescale.scaling import require_finite, scaled_bits, tensor_scales
 from vrscope.rescale.verify import BlockProof, rehearsal, require_same_shape
 from vrscope.tables import write_text
 

@@ -97,7 +97,7 @@ def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
         def measured(scales: Chosen, on: range = halves[1 - number % 2], clock: _Clock = clock) -> float:
             value = 0.0
             for entry, share in task.formats:
-                with trial.rounded(_rounding(task, entry, scales)):
+                with trial.rounded(_rounding(task, entry, scales), task.executor):
                     value += share * trial.damage(on)
                 clock.tick()
             return value
@@ -181,7 +181,7 @@ def _look(
     entries = [entry for entry, _ in task.formats]
     signed = {space.name for space in task.spaces if may_turn(space, task.binding, entries)}
     for entry, share in task.formats:
-        with trial.rounded(_rounding(task, entry, chosen)):
+        with trial.rounded(_rounding(task, entry, chosen), task.executor):
             slopes = trial.slopes(windows)
         clock.tick()
 
