@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from tiny_models import save_tiny
 
-from vrscope.activations.importance import SEED, _drawn, calibrate
+from vrscope.activations.importance import SEED, calibrate
 from vrscope.arch.binding import bind
 from vrscope.checkpoint.source import open_checkpoint
 from vrscope.demo import demo_model
@@ -59,17 +58,6 @@ def test_importance_is_the_mean_of_squared_gradients_times_squared_inputs(tmp_pa
     np.testing.assert_allclose(found.held_out[name], sums["held"] / 80, rtol=2e-3, atol=1e-12)
     np.testing.assert_allclose(found.absmax[name], largest, rtol=1e-5)
     assert (found.tokens, found.held_out_tokens, found.causal, found.unseen) == (120, 80, True, ())
-
-
-def test_labels_are_drawn_with_the_predicted_probabilities() -> None:
-    logits = torch.tensor([3.0, -200.0, 0.0, 1.0, 2.5, -1.0, -200.0])
-    predicted = torch.log_softmax(logits, -1)
-    drawn = _drawn(predicted.expand(40_000, -1), torch.Generator().manual_seed(SEED))
-    counts = np.bincount(drawn[:, 0].numpy(), minlength=len(logits))
-    assert drawn.shape == (40_000, 1) and counts[[1, 6]].tolist() == [0, 0]
-    likely = np.array([0, 2, 3, 4, 5])
-    expected = torch.softmax(logits.double(), -1).numpy()[likely] * 40_000
-    assert scipy.stats.chisquare(counts[likely], expected / expected.sum() * counts.sum()).pvalue > 0.001
 
 
 def test_half_of_importance_times_squared_error_is_the_kl_that_noise_costs() -> None:

@@ -48,7 +48,7 @@ def test_damage_is_that_of_the_format(name: str) -> None:
 @pytest.mark.parametrize("columns", [192, 100, 40])
 @pytest.mark.parametrize("name", ["int4-g64", "nf4", "int8-row"])
 def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None:
-    from vrscope.rescale.search_kernels import change
+    from vrscope.rescale.search_kernels import change, move
 
     own = reader(2, columns=columns)
     work = _Work.of(own, [get_format(name)])
@@ -64,14 +64,38 @@ def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None
             trial.negative[column] = step == 0
             factor = np.float32((-1.0 if step == 0 else 1.0) * 2.0 ** -float(trial.exponents[column]))
             arguments = (own.weight, own.importance, factors, undo, format_, work.errors[0], work.spans[0])
-            told = change(*arguments, column, factor, False)
+            told = change(*arguments, column, factor, np.inf)
             fresh = _Work.of(own, [get_format(name)])
             after = fresh.damage(trial, held_out=False)[0]
             assert told == pytest.approx(after - before, rel=1e-3, abs=1e-6 * before)
-            assert change(*arguments, column, factor, True) == pytest.approx(told, rel=1e-6, abs=1e-9 * before)
+            move(*arguments, column, factor)
             np.testing.assert_array_equal(work.errors[0], fresh.errors[0])
             np.testing.assert_array_equal(work.spans[0], fresh.spans[0])
-            change(*arguments, column, np.float32(2.0 ** -float(scales.exponents[column])), True)
+            move(*arguments, column, np.float32(2.0 ** -float(scales.exponents[column])))
+
+
+def test_a_step_is_given_up_early_only_where_it_is_above_the_bound() -> None:
+    from vrscope.rescale.search_kernels import change
+
+    generator = np.random.default_rng(11)
+    weight = generator.standard_normal((1024, 64)).astype(np.float32)
+    importance = generator.exponential(size=weight.shape).astype(np.float32)
+    own = Reader(np.arange(64), -1, weight, importance, importance)
+    work = _Work.of(own, [get_format("nf4")])
+    before = work.damage(_nothing(64), held_out=False)[0]
+    factors, format_ = np.ones(64, np.float32), tuple(part[0] for part in work.formats[:4])
+    arguments = (own.weight, own.importance, factors, factors.copy(), format_, work.errors[0], work.spans[0])
+    early = wrong = 0
+    for column in range(64):
+        for factor in np.array([0.5, 2.0, -1.0], np.float32):
+            full = change(*arguments, column, factor, np.inf)
+            for bound in full + np.array([-0.05, -1e-2, -1e-3, 0, 1e-3]) * before:
+                told = change(*arguments, column, factor, bound)
+                assert told == full or told > bound
+                early += told != full
+                wrong += told != full and full < bound
+    assert early > 200 and wrong < 0.01 * early
+    np.testing.assert_array_equal(factors, 1)
 
 
 @pytest.mark.parametrize("names", [("int4-g64",), ("nf4",), ("int4-g64", "nf4")])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vrscope.activations.capture import OnLinear, Site, SiteMap, watching
+from vrscope.activations.losses import Loss
 from vrscope.quant.loading import LoadedModel, limits_named
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ def run_backward(
     sites: SiteMap,
     window: tuple[int, ...],
     on_linear: OnLinear,
-    loss: Callable[[Tensor], Tensor],
+    loss: Loss,
 ) -> float:
     """Run one window both ways and return its loss; if that is not finite, nothing is run backwards.
 
@@ -30,7 +32,7 @@ def run_backward(
     on_linear
         As in `watching`; a hook registered on the output gets its gradient `(tokens, out)`.
     loss
-        From the float32 output, `(tokens, vocabulary)` or `(tokens, hidden)`, to one number.
+        Of the output.
 
     Raises
     ------
@@ -52,12 +54,14 @@ def run_backward(
                 output = loaded.model(**arguments, use_cache=False).logits[0].float()
             else:
                 output = loaded.model(**arguments).last_hidden_state[0].float()
-            found = loss(output)
-            if bool(torch.isfinite(found)):
-                found.backward()  # type: ignore[no-untyped-call]
+            gradient = torch.empty_like(output)
+            with torch.no_grad():
+                found = float(loss(output, gradient).sum(dtype=torch.float64))
+            if math.isfinite(found):
+                output.backward(gradient)
     finally:
         handle.remove()
-    return float(found.detach())
+    return found
 
 
 def add_products(
@@ -77,11 +81,18 @@ def add_products(
     wanted = [site for site in used if site.tensor in sums]
     if not wanted or not inputs.shape[0] or not output.requires_grad:
         return
-    rows = inputs.detach().float() ** power
+    rows = _raised(inputs.detach(), power)
 
     def add(gradient: Tensor) -> None:
         for site in wanted:
-            part = (gradient[:, site.outputs].float() ** power).T @ rows
-            sums[site.tensor][site.index][site.rows] += part.cpu()
+            slopes, total = _raised(gradient[:, site.outputs], power).T, sums[site.tensor][site.index][site.rows]
+            if total.device == rows.device:
+                total.addmm_(slopes, rows)  # in one step, without memory for the product
+            else:
+                total += (slopes @ rows).to(total.device)
 
     output.register_hook(add)  # type: ignore[no-untyped-call]
+
+
+def _raised(values: Tensor, power: int) -> Tensor:
+    return values.float() if power == 1 else values.float() ** power

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.activations.backward import add_products, run_backward
+from vrscope.activations.buffers import zeros_together
 from vrscope.activations.capture import Site, SiteMap, find_sites
+from vrscope.activations.losses import drawn, projected
 from vrscope.activations.profile import profile_activations
 from vrscope.activations.trial import Trial
 from vrscope.arch.roles import TensorRole
@@ -155,15 +157,13 @@ class _Sums:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> _Sums:
-        import torch
-
-        return cls({name: torch.zeros(shape) for name, shape in shapes.items()}, set())
+        return cls(zeros_together(shapes), set())
 
     def mean(self, name: str) -> dict[str, NDArray[np.float32]]:
-        """Return the sums over the number of tokens, freeing them."""
+        """Return the sums over the number of tokens, in the same memory."""
         found = {}
-        for tensor in list(self.sums):
-            values: NDArray[np.float32] = (self.sums.pop(tensor) / max(self.tokens, 1)).numpy()
+        for tensor, total in self.sums.items():
+            values: NDArray[np.float32] = total.div_(max(self.tokens, 1)).numpy()
             if not np.isfinite(values).all():
                 raise ModelError(_not_finite(name, tensor))
             found[tensor] = values
@@ -211,41 +211,11 @@ def _one_window(
             part.seen.add(site)
         add_products(part.sums, used, inputs, output, 2)
 
-    def loss(output: Tensor) -> Tensor:
+    loss = (drawn if loaded.causal else projected)(generator)
+
+    def spooled(output: Tensor, gradient: Tensor | None) -> Tensor:
         if outputs is not None:
             outputs.append(output)
-        return (_drawn_loss if loaded.causal else _projected_loss)(output, generator)
+        return loss(output, gradient)
 
-    return math.isfinite(run_backward(loaded, sites, window, on_linear, loss))
-
-
-def _drawn_loss(logits: Tensor, generator: Generator) -> Tensor:
-    """Return the sum of the surprises of labels that are drawn from the model's own predictions."""
-    import torch
-
-    predicted = torch.log_softmax(logits, dim=-1)
-    if not torch.isfinite(predicted).all():
-        return predicted.sum()  # not finite either, which the caller refuses
-    return -predicted.gather(1, _drawn(predicted.detach(), generator)).sum()
-
-
-def _drawn(predicted: Tensor, generator: Generator) -> Tensor:
-    """Return one label per row, shape `(tokens, 1)`, drawn with the logarithms of probabilities `predicted`.
-
-    By one number per row and running sums: `torch.multinomial` draws a number for every word of the vocabulary.
-    """
-    import torch
-
-    reached = predicted.exp().cumsum(dim=-1)
-    drawn = torch.rand((len(reached), 1), generator=generator).to(reached.device) * reached[:, -1:]
-    return torch.searchsorted(reached, drawn, right=True).clamp_(max=reached.shape[-1] - 1)
-
-
-def _projected_loss(states: Tensor, generator: Generator) -> Tensor:
-    """Return a random projection whose squared change is, in the mean, twice the squared relative error of states."""
-    import torch
-
-    direction = torch.randn(states.shape, generator=generator).to(states.device)
-    size = states.detach().norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    total: Tensor = (2**0.5 * direction * states / size).sum()
-    return total
+    return math.isfinite(run_backward(loaded, sites, window, on_linear, spooled))

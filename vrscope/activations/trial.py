@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.activations.backward import add_products, run_backward
+from vrscope.activations.buffers import zeros_together
 from vrscope.activations.capture import Site, SiteMap
+from vrscope.activations.losses import Loss, divergence, squared_error
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
@@ -46,6 +48,8 @@ class Trial:
         The text.
     outputs
         Of the model as it is, one matrix per window of the text.
+    copies
+        Memory for weights that are rounded, by parameter; made when first needed, and kept.
     """
 
     loaded: LoadedModel
@@ -54,19 +58,20 @@ class Trial:
     sites: SiteMap
     sample: TextSample
     outputs: Spool = field(default_factory=Spool)
+    copies: dict[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def rounded(self, rounding: Rounding, executor: Executor = _SERIAL) -> Iterator[None]:
-        """Replace the linear weights that formats quantize while inside; one more copy of them is held meanwhile.
+        """Replace the linear weights that formats quantize while inside.
 
-        `rounding` is called on the threads of the executor.
+        `rounding` is called on the threads of the executor. One more copy of the weights is held from then on.
         """
         parts: dict[str, list[tuple[Tensor, Site]]] = {}
         running = {id(entry.parameter): entry.parameter for entry, _ in self.sites.held}
         originals = {key: parameter.data for key, parameter in running.items()}
         try:
-            for parameter in running.values():
-                parameter.data = parameter.data.clone()
+            for key, parameter in running.items():
+                parameter.data = self._copy(key, parameter.data)
             for entry, sites in self.sites.held:
                 for site in sites:
                     if site.tensor not in self.sites.kept:
@@ -84,20 +89,28 @@ class Trial:
             for key, parameter in running.items():
                 parameter.data = originals[key]
 
-    def damage(self, windows: Sequence[int]) -> float:
-        """Return the damage of the model as it is now on some windows, per token: see `Calibration`.
+    def _copy(self, key: int, values: Tensor) -> Tensor:
+        import torch
+
+        if key not in self.copies:
+            self.copies[key] = torch.empty_like(values)
+        return self.copies[key].copy_(values)
+
+    def losses(self, windows: Sequence[int]) -> NDArray[np.float64]:
+        """Return the damage of the model as it is now at every token of some windows: see `Calibration`.
 
         It is infinite where outputs are not finite.
         """
         import torch
 
-        total, loss = 0.0, _divergence if self.loaded.causal else _squared_error
+        found = []
         for number in windows:
             output = self.loaded.run(self.sample.windows[number])
             with torch.inference_mode():
-                total += float(loss(self.outputs.read(number).to(output.device), output))
-        found = total / sum(len(self.sample.windows[number]) for number in windows)
-        return found if np.isfinite(found) else float("inf")
+                found.append(self._loss(number)(output, None).double().cpu().numpy())
+        losses = np.concatenate(found)
+        losses[np.isnan(losses)] = np.inf
+        return losses
 
     def slopes(self, windows: Sequence[int]) -> dict[str, NDArray[np.float32]]:
         """Return the first derivative of the damage on some windows by every linear weight, as the weights are now.
@@ -109,12 +122,11 @@ class Trial:
         ModelError
             If the output or a slope is not finite.
         """
-        import torch
-
-        sums: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name in {site.tensor: None for site in self.sites.sites if site.tensor not in self.sites.kept}:
-            blank = torch.empty(self.checkpoint.tensors[name].shape, device="meta")
-            sums[name] = torch.zeros(blank.permute(self.roles[name].order).shape)
+            stored = self.checkpoint.tensors[name].shape
+            shapes[name] = tuple(stored[k] for k in self.roles[name].order)
+        sums = zeros_together(shapes)
 
         def on_linear(used: tuple[Site, ...], inputs: Tensor, output: Tensor) -> None:
             add_products(sums, used, inputs, output, 1)
@@ -122,42 +134,23 @@ class Trial:
         tokens = 0
         for number in windows:
             window = self.sample.windows[number]
-            reference = self.outputs.read(number).to(self.loaded.device)
-            loss = _divergence if self.loaded.causal else _squared_error
-            if not np.isfinite(run_backward(self.loaded, self.sites, window, on_linear, _against(loss, reference))):
+            if not np.isfinite(run_backward(self.loaded, self.sites, window, on_linear, self._loss(number))):
                 raise ModelError(self._not_finite("the output of the rounded model"))
             tokens += len(window)
         found: dict[str, NDArray[np.float32]] = {}
-        for name in list(sums):
-            found[name] = (sums.pop(name) / tokens).numpy()
+        for name, total in sums.items():
+            found[name] = total.div_(tokens).numpy()
             if not np.isfinite(found[name]).all():
                 raise ModelError(self._not_finite(name))
         return found
+
+    def _loss(self, number: int) -> Loss:
+        """Return the loss against what the model as it is said to a window."""
+        reference = self.outputs.read(number).to(self.loaded.device)
+        return (divergence if self.loaded.causal else squared_error)(reference)
 
     def _not_finite(self, where: str) -> str:
         return (
             f"{self.loaded.name}: expected finite gradients with rounded weights, found NaN or infinity at {where}. "
             "Leave this step out with --rounds 0."
         )
-
-
-def _against(loss: Callable[[Tensor, Tensor], Tensor], reference: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda output: loss(reference, output)
-
-
-def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """Return the sum over tokens of KL(reference || logits) in nats."""
-    import torch
-
-    return torch.nn.functional.kl_div(
-        torch.log_softmax(logits, dim=-1), torch.log_softmax(reference, dim=-1), reduction="sum", log_target=True
-    )
-
-
-def _squared_error(reference: Tensor, states: Tensor) -> Tensor:
-    """Return the sum over tokens of the squared relative error of states."""
-    import torch
-
-    size = reference.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    total: Tensor = ((states - reference) / size).square().sum()
-    return total

@@ -26,12 +26,14 @@ from vrscope.rescale.grid_kernels import (
 )
 
 Longs = NDArray[np.int64]
+Row = int | np.uint64
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_TURNS, _ENOUGH, _SURE = 4, 256, 2.0  # rows are taken in so many turns; from so many rows the first may decide
 
 
 @adding
-def _span(weight: Singles, row: int, place: tuple[int, int], factors: Singles) -> tuple[np.float32, np.float32]:
+def _span(weight: Singles, row: Row, place: tuple[int, int], factors: Singles) -> tuple[np.float32, np.float32]:
     """Return the least and the largest scaled value of a unit, 0 included; `place` is its first column and its size."""
     first, n = place
     low, high = _ZERO, _ZERO
@@ -49,7 +51,7 @@ def _unit(
     factors: Singles,
     undo: Singles,
     error: Singles,
-    row: int,
+    row: Row,
     place: tuple[int, int],
     grid: Grid,
     form: Form,
@@ -88,7 +90,7 @@ def _moved(
     factors: Singles,
     undo: Singles,
     error: Singles,
-    row: int,
+    row: Row,
     place: tuple[int, int],
     grid: Grid,
     form: Form,
@@ -171,41 +173,80 @@ def change(
     spans: Singles,
     column: int,
     factor: np.float32,
-    keep: bool,
+    bound: float,
 ) -> float:
-    """Return by how much another factor of one column changes the damage; with `keep`, also make the change.
+    """Return by how much another factor of one column would change the damage.
 
-    Parameters are those of `start`; `undo` is one over the factors, exactly.
+    Parameters are those of `start`; `undo` is one over the factors, exactly. A change that every fourth row shows to be
+    above `bound`, by more standard errors than chance makes, is not followed further: the estimate is returned.
     """
+    kind, top, size, book = format_
+    form = form_of(kind, top, book)
+    unit, rows = column // size, weight.shape[0]
+    place = (unit * size, min(size, weight.shape[1] - unit * size))
+    old, undone = factors[column], undo[column]
+    factors[column], undo[column] = factor, _ONE / factor
+    found, squares = np.float64(0), np.float64(0)
+    for turn in range(_TURNS):
+        for at in range(turn, rows, _TURNS):
+            i = np.uint64(at)
+            was, now = weight[i, column] * old, weight[i, column] * factor
+            low0, high0 = spans[i, unit, 0], spans[i, unit, 1]
+            if was <= low0 or was >= high0:
+                low, high = _span(weight, i, place, factors)
+            else:
+                low, high = min(low0, now), max(high0, now)
+            grid = grid_of(low, high, form)
+            if same_grid((low0, high0), (low, high), form):
+                e = weight[i, column] - rounded(now, grid, form) * undo[column]
+                part = importance[i, column] * (e * e - error[i, column] * error[i, column])
+            else:
+                part = _moved(weight, importance, factors, undo, error, i, place, grid, form)
+            found += part
+            squares += np.float64(part) * part
+        if turn == 0 and rows >= _ENOUGH:
+            count = (rows + _TURNS - 1) // _TURNS
+            spread = max(squares / count - (found / count) ** 2, 0.0)
+            if rows * (found / count - _SURE * np.sqrt(spread / count)) > 2 * bound:
+                found *= rows / count
+                break
+    factors[column], undo[column] = old, undone
+    return float(found / 2)
+
+
+@compiled
+def move(
+    weight: Singles,
+    importance: Singles,
+    factors: Singles,
+    undo: Singles,
+    format_: tuple[int, np.float32, int, Singles],
+    error: Singles,
+    spans: Singles,
+    column: int,
+    factor: np.float32,
+) -> None:
+    """Give one column another factor; parameters are those of `change`."""
     kind, top, size, book = format_
     form = form_of(kind, top, book)
     unit = column // size
     place = (unit * size, min(size, weight.shape[1] - unit * size))
     old = factors[column]
     factors[column], undo[column] = factor, _ONE / factor
-    found = np.float64(0)
-    for i in range(weight.shape[0]):
-        low0, high0 = spans[i, unit, 0], spans[i, unit, 1]
+    for at in range(weight.shape[0]):
+        i = np.uint64(at)
         was, now = weight[i, column] * old, weight[i, column] * factor
+        low0, high0 = spans[i, unit, 0], spans[i, unit, 1]
         if was <= low0 or was >= high0:
             low, high = _span(weight, i, place, factors)
         else:
             low, high = min(low0, now), max(high0, now)
         grid = grid_of(low, high, form)
         if same_grid((low0, high0), (low, high), form):
-            e, before = weight[i, column] - rounded(now, grid, form) * undo[column], error[i, column]
-            found += importance[i, column] * (e * e - before * before)
-            if keep:
-                error[i, column] = e
+            error[i, column] = weight[i, column] - rounded(now, grid, form) * undo[column]
         else:
-            found += _moved(weight, importance, factors, undo, error, i, place, grid, form)
-            if keep:
-                _unit(weight, importance, factors, undo, error, i, place, grid, form)
-        if keep:
-            spans[i, unit, 0], spans[i, unit, 1] = low, high
-    if not keep:
-        factors[column], undo[column] = old, _ONE / old
-    return float(found / 2)
+            _unit(weight, importance, factors, undo, error, i, place, grid, form)
+        spans[i, unit, 0], spans[i, unit, 1] = low, high
 
 
 @compiled
@@ -260,9 +301,11 @@ def sweep(
             cost = 0.0
             for f in range(kinds.size):
                 format_ = (kinds[f], tops[f], sizes[f], books[f])
-                for column in own:
+                for number, column in enumerate(own):
+                    last = f == kinds.size - 1 and number == own.size - 1
+                    bound = (best - cost) / shares[f] if last and shares[f] > 0 else np.inf
                     cost += shares[f] * change(
-                        weight, importance, factors, undo, format_, errors[f], spans[f], column, factor, False
+                        weight, importance, factors, undo, format_, errors[f], spans[f], column, factor, bound
                     )
             if cost < best:
                 best, step, chosen = cost, direction, factor
@@ -273,7 +316,7 @@ def sweep(
             for f in range(kinds.size):
                 format_ = (kinds[f], tops[f], sizes[f], books[f])
                 for column in own:
-                    change(weight, importance, factors, undo, format_, errors[f], spans[f], column, chosen, True)
+                    move(weight, importance, factors, undo, format_, errors[f], spans[f], column, chosen)
                 for column in own:
                     factors[column], undo[column] = old, _ONE / old  # the next format starts from the same
             for column in own:
