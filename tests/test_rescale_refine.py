@@ -93,12 +93,11 @@ def test_the_penalty_that_measures_best_is_found_and_no_move_is_made_if_none_hel
             return 11.0
         return abs(np.log2(gain[1, -moved] / wanted))
 
-    best, kept = refining._best({"a": refining._Candidates(gain, cost)}, chosen, 64.0, measured)
+    best = refining._best({"a": refining._Candidates(gain, cost)}, chosen, measured)
     if wanted is None:
-        assert best is chosen and kept == 64.0
+        assert best is chosen
     else:
-        assert abs(np.log2(kept / wanted)) <= 0.5  # penalties go by factors of two
-        assert measured(best) < 0.55
+        assert measured(best) < 0.55  # penalties go by factors of two
 
 
 @pytest.mark.parametrize(("case", "name"), [("llama", "nf4"), ("mixtral", "int4-g32"), ("phi3", "nf4")])
@@ -159,22 +158,26 @@ def test_what_scales_leave_is_measured_as_far_as_it_takes(monkeypatch: pytest.Mo
         binding, checkpoint, found, binding.spaces, [(get_format("nf4"), 2.0)], 6, Serial(), silent
     )
     chosen = {space.name: Scales(np.zeros(space.size, np.int64), np.zeros(space.size, bool)) for space in task.spaces}
-    losses, asked = {1: np.full(40, 0.1), 3: np.full(40, 0.2)}, []
+    losses, asked = {0: np.full(40, 0.3), 1: np.full(40, 0.1), 3: np.full(40, 0.2)}, []
 
     def made_up(self: object, windows: tuple[int, ...]) -> np.ndarray:
         asked.extend(windows)
         return np.concatenate([losses[window] for window in windows])
 
     monkeypatch.setattr(type(found.trial), "losses", made_up)
-    measured = refining._Damage(task, (1, 3), refining._Clock(task, 0, 1))
+    measured, clock = refining._Damage(task), refining._Clock(task, 0, 1)
+    measured.begin((1, 3), clock)
     assert measured(chosen) == pytest.approx(2 * 0.15)
     losses[3][7], losses[3][8] = 9.0, np.inf  # each counts ten times 0.1
-    assert measured(chosen) == pytest.approx(2 * (0.1 * 40 + 0.2 * 38 + 2 * 1.0) / 80)
+    assert measured(dict(chosen)) == pytest.approx(2 * (0.1 * 40 + 0.2 * 38 + 2 * 1.0) / 80)
     assert asked == [1, 3, 1, 3]
     losses[1] = losses[1] * 1.01
-    assert np.isfinite(measured(chosen))
+    assert np.isfinite(measured(dict(chosen)))
     losses[1] = losses[1] * 1.1
-    assert measured(chosen) == np.inf
+    assert measured(dict(chosen)) == np.inf
     assert asked[4:] == [1, 3, 1]
-    losses[1] = losses[3] = np.zeros(40)
-    assert measured(chosen) == 0 and measured(chosen) == 0
+    measured.begin((0, 1, 3), clock)
+    assert measured(chosen) == pytest.approx(2 * (0.3 + 0.1 + 0.2) / 3)
+    assert asked[7:] == [0]  # the others are known of the best
+    losses = dict.fromkeys((0, 1, 3), np.zeros(40))
+    assert measured(dict(chosen)) == 0 and measured(dict(chosen)) == 0

@@ -12,6 +12,7 @@ the choice is among exponents and signs that leave the unrounded function as it 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,9 @@ class Refinement:
 def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
     """Return scales after some rounds of moves.
 
-    Slopes are from every second window of the text, the penalty is chosen on the others, and rounds take turns.
+    Slopes are from every second window of the text, and rounds take turns. The penalty is chosen on the other windows
+    in the first round. Later on all of them: those that slopes were taken from before have been adapted to, and alone
+    would make whatever undoes some of that look worse than it is.
 
     Parameters
     ----------
@@ -91,11 +94,12 @@ def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
     assert trial is not None
     windows = range(len(trial.sample.windows))
     halves = windows[::2], windows[1::2]
-    penalty, idle = PENALTY, 0
+    damage, idle = _Damage(task), 0
     for number in range(rounds):
         clock = _Clock(task, number, rounds)
         candidates = _look(task, chosen, trial, halves[number % 2], clock)
-        found, penalty = _best(candidates, chosen, penalty, _Damage(task, halves[1 - number % 2], clock))
+        damage.begin(windows if number else halves[1], clock)
+        found = _best(candidates, chosen, damage)
         clock.finish()
         idle = idle + 1 if found is chosen else 0
         if idle == len(halves):
@@ -108,11 +112,17 @@ class _Damage:
     """The damage that scales leave on some windows, over all formats; infinite where the first window shows them worse.
 
     A token counts at most some times the mean of the scales that were measured first: among a thousand tokens the few
-    at which a model goes entirely wrong would decide alone, and on another text they are others.
+    at which a model goes entirely wrong would decide alone, and on another text they are others. What the best scales
+    lose is kept, so that nothing is run again for the next round.
     """
 
-    def __init__(self, task: Refinement, windows: Sequence[int], clock: _Clock) -> None:
-        self._task, self._windows, self._clock = task, windows, clock
+    def __init__(self, task: Refinement) -> None:
+        self._task = task
+        self._kept: tuple[Chosen, dict[tuple[str, int], NDArray[np.float64]]] = {}, {}
+
+    def begin(self, windows: Sequence[int], clock: _Clock) -> None:
+        """Measure on these windows from now on, and compare with what was measured since."""
+        self._windows, self._clock = windows, clock
         self._most: dict[str, float] = {}
         self._least = float("inf")
         self._growth = 1.0  # of the least, in the last format: damage on all windows over that on the first
@@ -120,26 +130,32 @@ class _Damage:
     def __call__(self, scales: Chosen) -> float:
         task, trial, value = self._task, self._task.calibration.trial, 0.0
         assert trial is not None
+        known = dict(self._kept[1]) if scales is self._kept[0] else {}
         for number, (entry, share) in enumerate(task.formats, 1):
-            with trial.rounded(_rounding(task, entry, scales), task.executor):
-                losses = trial.losses(self._windows[:1])
-                first = self._mean(entry, losses)
-                foretold = value + share * first * self._growth
-                if number == len(task.formats) and foretold > WORSE * self._least:
-                    self._clock.tick()
-                    return float("inf")
-                losses = np.concatenate([losses, *(trial.losses([window]) for window in self._windows[1:])])
-            whole = self._mean(entry, losses)
+            name = entry.name
+            missing = [window for window in self._windows if (name, window) not in known]
+            with trial.rounded(_rounding(task, entry, scales), task.executor) if missing else nullcontext():
+                for window in missing:
+                    known[name, window] = trial.losses([window])
+                    if window == self._windows[0] and number == len(task.formats):
+                        foretold = value + share * self._mean(name, known, self._windows[:1]) * self._growth
+                        if foretold > WORSE * self._least:
+                            self._clock.tick()
+                            return float("inf")
+            whole = self._mean(name, known, self._windows)
             value += share * whole
             self._clock.tick()
         if value < self._least:
+            first = self._mean(name, known, self._windows[:1])
             self._least, self._growth = value, whole / first if first else 1.0
+            self._kept = scales, known
         return value
 
-    def _mean(self, entry: Format, losses: NDArray[np.float64]) -> float:
+    def _mean(self, name: str, losses: Mapping[tuple[str, int], NDArray[np.float64]], windows: Sequence[int]) -> float:
         """Return the mean over tokens, each at most what it may count, which the first ones measured tell."""
-        most = self._most.setdefault(entry.name, HEAVIEST * float(losses.mean()))
-        return float(np.minimum(losses, most).mean())
+        found = np.concatenate([losses[name, window] for window in windows])
+        most = self._most.setdefault(name, HEAVIEST * float(found.mean()))
+        return float(np.minimum(found, most).mean())
 
 
 class _Clock:
@@ -177,14 +193,12 @@ class _Candidates:
         return Scales(scales.exponents + np.where(moves, directions, 0), scales.negative ^ (moves & (directions == 0)))
 
 
-def _best(
-    candidates: Mapping[str, _Candidates], chosen: Chosen, penalty: float, measured: Callable[[Chosen], float]
-) -> tuple[Chosen, float]:
-    """Return the scales that measure best, `chosen` itself if no moves help, and the penalty of their moves.
+def _best(candidates: Mapping[str, _Candidates], chosen: Chosen, measured: Callable[[Chosen], float]) -> Chosen:
+    """Return the scales that measure best, `chosen` itself if no moves help.
 
-    Penalties from the one given on are tried downwards as long as they help more, then upwards likewise.
+    Penalties from the usual one on are tried downwards as long as they help more, then upwards likewise.
     """
-    best, least, kept = chosen, measured(chosen), penalty
+    best, least, kept = chosen, measured(chosen), PENALTY
 
     def helps(tried: float) -> bool:
         nonlocal best, least, kept
@@ -194,14 +208,14 @@ def _best(
             best, least, kept = trying, value, tried
         return better
 
-    first = tried = penalty
+    tried = PENALTY
     while tried >= LEAST and helps(tried):
         tried /= STEP
-    if kept == first:
-        tried = first * STEP
+    if kept == PENALTY:
+        tried = PENALTY * STEP
         while tried <= MOST and (helps(tried) or best is chosen):
             tried *= STEP
-    return best, kept
+    return best
 
 
 def _look(
