@@ -78,8 +78,8 @@ def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
     """Return scales after some rounds of moves.
 
     Slopes are from every second window of the text, and rounds take turns. The penalty is chosen on the other windows
-    in the first round. Later on all of them: those that slopes were taken from before have been adapted to, and alone
-    would make whatever undoes some of that look worse than it is.
+    in the first round, later on as many from either half: those that slopes were taken from before have been adapted
+    to, and alone would make whatever undoes some of that look worse than it is.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
     for number in range(rounds):
         clock = _Clock(task, number, rounds)
         candidates = _look(task, chosen, trial, halves[number % 2], clock)
-        damage.begin(windows if number else halves[1], clock)
+        damage.begin(windows[: max(2, len(windows) // 2)] if number else halves[1], clock)
         found = _best(candidates, chosen, damage)
         clock.finish()
         idle = idle + 1 if found is chosen else 0
@@ -196,25 +196,25 @@ class _Candidates:
 def _best(candidates: Mapping[str, _Candidates], chosen: Chosen, measured: Callable[[Chosen], float]) -> Chosen:
     """Return the scales that measure best, `chosen` itself if no moves help.
 
-    Penalties from the usual one on are tried downwards as long as they help more, then upwards likewise.
+    Penalties from the usual one on are tried downwards as long as they help more; if it does not help, upwards until
+    one does.
     """
-    best, least, kept = chosen, measured(chosen), PENALTY
+    best, least = chosen, measured(chosen)
 
     def helps(tried: float) -> bool:
-        nonlocal best, least, kept
+        nonlocal best, least
         trying = {**chosen, **{name: own.made(chosen[name], tried) for name, own in candidates.items()}}
         value = measured(trying)
         if better := value < least:
-            best, least, kept = trying, value, tried
+            best, least = trying, value
         return better
 
     tried = PENALTY
     while tried >= LEAST and helps(tried):
         tried /= STEP
-    if kept == PENALTY:
-        tried = PENALTY * STEP
-        while tried <= MOST and (helps(tried) or best is chosen):
-            tried *= STEP
+    tried = PENALTY * STEP
+    while best is chosen and tried <= MOST and not helps(tried):
+        tried *= STEP
     return best
 
 
