@@ -89,7 +89,7 @@ def test_the_penalty_that_measures_best_is_found_and_no_move_is_made_if_none_hel
         moved = int(np.count_nonzero(scales["a"].exponents))
         if not moved:
             return 10.0
-        if wanted is None:
+        if wanted is None or gain[1, -moved] < wanted / 1.5:  # moves overshoot
             return 11.0
         return abs(np.log2(gain[1, -moved] / wanted))
 

@@ -163,7 +163,7 @@ class _Clock:
 
     def __init__(self, task: Refinement, number: int, rounds: int) -> None:
         self._progress = task.progress
-        self._each = (2 + 1 + 5) * len(task.formats)
+        self._each = (2 + 1 + 4) * len(task.formats)
         self._done, self._total = number * self._each, rounds * self._each
         self._end = self._done + self._each
 
