@@ -100,6 +100,20 @@ def test_the_penalty_that_measures_best_is_found_and_no_move_is_made_if_none_hel
         assert measured(best) < 0.55  # penalties go by factors of two
 
 
+def test_penalties_at_which_nothing_moves_are_not_measured() -> None:
+    chosen = {"a": Scales(np.zeros(2, np.int64), np.zeros(2, bool))}
+    gain, cost = np.array([[-1.0, -1.0], [20.0, -1.0], [-1.0, -1.0]]), np.ones((3, 2))
+    asked = []
+
+    def measured(scales) -> float:
+        asked.append(scales["a"].exponents.tolist())
+        return 2.0 - scales["a"].exponents.sum()
+
+    best = refining._best({"a": refining._Candidates(gain, cost)}, chosen, measured)
+    assert best["a"].exponents.tolist() == [1, 0]
+    assert asked[:2] == [[0, 0], [1, 0]]  # at 16, the first that is below 20
+
+
 @pytest.mark.parametrize(("case", "name"), [("llama", "nf4"), ("mixtral", "int4-g32"), ("phi3", "nf4")])
 def test_weights_are_rounded_as_those_of_the_written_checkpoint(case: str, name: str, tmp_path: Path) -> None:
     """Scales of columns, scales and signs of rows: the outputs are the same to the last bit."""
@@ -168,16 +182,20 @@ def test_what_scales_leave_is_measured_as_far_as_it_takes(monkeypatch: pytest.Mo
     measured, clock = refining._Damage(task), refining._Clock(task, 0, 1)
     measured.begin((1, 3), clock)
     assert measured(chosen) == pytest.approx(2 * 0.15)
-    losses[3][7], losses[3][8] = 9.0, np.inf  # each counts ten times 0.1
-    assert measured(dict(chosen)) == pytest.approx(2 * (0.1 * 40 + 0.2 * 38 + 2 * 1.0) / 80)
+    losses[3][7] = 9.0  # counts ten times 0.15
+    assert measured(dict(chosen)) == pytest.approx(2 * (0.1 * 40 + 0.2 * 39 + 1.5) / 80)
     assert asked == [1, 3, 1, 3]
+    losses[3][8] = np.inf  # cannot be taken, however few tokens are
+    assert measured(dict(chosen)) == np.inf
+    losses[3][8] = 0.2
+    asked.clear()
     losses[1] = losses[1] * 1.01
     assert np.isfinite(measured(dict(chosen)))
     losses[1] = losses[1] * 1.1
     assert measured(dict(chosen)) == np.inf
-    assert asked[4:] == [1, 3, 1]
+    assert asked == [1, 3, 1]
     measured.begin((0, 1, 3), clock)
     assert measured(chosen) == pytest.approx(2 * (0.3 + 0.1 + 0.2) / 3)
-    assert asked[7:] == [0]  # the others are known of the best
+    assert asked[3:] == [0]  # the others are known of the best
     losses = dict.fromkeys((0, 1, 3), np.zeros(40))
     assert measured(dict(chosen)) == 0 and measured(dict(chosen)) == 0

@@ -30,7 +30,8 @@ def drawn(generator: Generator) -> Loss:
         for part in _parts(logits):
             predicted = torch.softmax(logits[part], dim=-1)
             labels = draw(predicted, numbers[part])
-            losses.append(-predicted.gather(1, labels)[:, 0].log())
+            chance = predicted.gather(1, labels)[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
+            losses.append(-chance.log())
             if gradient is not None:
                 gradient[part] = predicted.scatter_add_(1, labels, torch.full_like(predicted[:, :1], -1))
         return torch.cat(losses)

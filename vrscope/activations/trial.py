@@ -64,7 +64,8 @@ class Trial:
     def rounded(self, rounding: Rounding, executor: Executor = _SERIAL) -> Iterator[None]:
         """Replace the linear weights that formats quantize while inside.
 
-        `rounding` is called on the threads of the executor. One more copy of the weights is held from then on.
+        `rounding` is called on the threads of the executor. One more copy of the weights is held from then on, until
+        `copies` is cleared; this does not nest.
         """
         parts: dict[str, list[tuple[Tensor, Site]]] = {}
         running = {id(entry.parameter): entry.parameter for entry, _ in self.sites.held}

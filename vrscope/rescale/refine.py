@@ -4,7 +4,7 @@ The search takes errors of different weights to be unrelated; in a rounded model
 every weight, at the rounded weights, says which way an error would have to change. For every move of every scale the
 gain to first order is known from that (`look`), and what it costs by the importance of the weights; moves are made
 where gain > penalty * cost. How large the penalty has to be, so that moves which were not chosen together do not
-overshoot, is found by running the model on text that the slopes are not from; where no penalty helps there, nothing
+overshoot, is found by running the model, at first on text that the slopes are not from; where no penalty helps, nothing
 moves. The idea of choosing between roundings by their first-order effect is that of AdaRound (arXiv 2004.10568); here
 the choice is among exponents and signs that leave the unrounded function as it is.
 """
@@ -78,8 +78,8 @@ def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
     """Return scales after some rounds of moves.
 
     Slopes are from every second window of the text, and rounds take turns. The penalty is chosen on the other windows
-    in the first round, later on as many from either half: those that slopes were taken from before have been adapted
-    to, and alone would make whatever undoes some of that look worse than it is.
+    in the first round, later on every second pair, so as many from either half: those that slopes were taken from
+    before have been adapted to, and alone would make whatever undoes some of that look worse than it is.
 
     Parameters
     ----------
@@ -95,16 +95,19 @@ def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
     windows = range(len(trial.sample.windows))
     halves = windows[::2], windows[1::2]
     damage, idle = _Damage(task), 0
-    for number in range(rounds):
-        clock = _Clock(task, number, rounds)
-        candidates = _look(task, chosen, trial, halves[number % 2], clock)
-        damage.begin(windows[: max(2, len(windows) // 2)] if number else halves[1], clock)
-        found = _best(candidates, chosen, damage)
-        clock.finish()
-        idle = idle + 1 if found is chosen else 0
-        if idle == len(halves):
-            break
-        chosen = found
+    try:
+        for number in range(rounds):
+            clock = _Clock(task, number, rounds)
+            candidates = _look(task, chosen, trial, halves[number % 2], clock)
+            damage.begin([window for window in windows if window % 4 < 2] if number else halves[1], clock)
+            found = _best(candidates, chosen, damage)
+            clock.finish()
+            idle = idle + 1 if found is chosen else 0
+            if idle == len(halves):
+                break
+            chosen = found
+    finally:
+        trial.copies.clear()
     return chosen
 
 
@@ -137,7 +140,7 @@ class _Damage:
             with trial.rounded(_rounding(task, entry, scales), task.executor) if missing else nullcontext():
                 for window in missing:
                     known[name, window] = trial.losses([window])
-                    if window == self._windows[0] and number == len(task.formats):
+                    if window == self._windows[0] and number == len(task.formats) and self._least < np.inf:
                         foretold = value + share * self._mean(name, known, self._windows[:1]) * self._growth
                         if foretold > WORSE * self._least:
                             self._clock.tick()
@@ -152,8 +155,13 @@ class _Damage:
         return value
 
     def _mean(self, name: str, losses: Mapping[tuple[str, int], NDArray[np.float64]], windows: Sequence[int]) -> float:
-        """Return the mean over tokens, each at most what it may count, which the first ones measured tell."""
-        found = np.concatenate([losses[name, window] for window in windows])
+        """Return the mean over tokens, each at most what it may count, which the first scales measured tell.
+
+        It is infinite where an output is not finite: such scales are out of the question.
+        """
+        found = np.concatenate([losses[name, window] for window in windows]).clip(min=0)  # below is rounding
+        if not np.isfinite(found).all():
+            return float("inf")
         most = self._most.setdefault(name, HEAVIEST * float(found.mean()))
         return float(np.minimum(found, most).mean())
 
@@ -201,21 +209,31 @@ def _best(candidates: Mapping[str, _Candidates], chosen: Chosen, measured: Calla
     """
     best, least = chosen, measured(chosen)
 
-    def helps(tried: float) -> bool:
+    def made(penalty: float) -> Chosen:
+        return {**chosen, **{name: own.made(chosen[name], penalty) for name, own in candidates.items()}}
+
+    def helps(trying: Chosen) -> bool:
         nonlocal best, least
-        trying = {**chosen, **{name: own.made(chosen[name], tried) for name, own in candidates.items()}}
         value = measured(trying)
         if better := value < least:
             best, least = trying, value
         return better
 
-    tried = PENALTY
-    while tried >= LEAST and helps(tried):
-        tried /= STEP
-    tried = PENALTY * STEP
-    while best is chosen and tried <= MOST and not helps(tried):
-        tried *= STEP
+    penalty = PENALTY
+    while penalty >= LEAST and (_same(trying := made(penalty), chosen) or helps(trying)):
+        penalty /= STEP
+    penalty = PENALTY * STEP
+    while best is chosen and penalty <= MOST and not _same(trying := made(penalty), chosen) and not helps(trying):
+        penalty *= STEP
     return best
+
+
+def _same(one: Chosen, other: Chosen) -> bool:
+    return all(
+        np.array_equal(scales.exponents, other[name].exponents)
+        and np.array_equal(scales.negative, other[name].negative)
+        for name, scales in one.items()
+    )
 
 
 def _look(
@@ -240,6 +258,7 @@ def _look(
             own = candidates.setdefault(space.name, _Candidates(np.zeros_like(found.gain), np.zeros_like(found.cost)))
             own.gain[:] += share * found.gain
             own.cost[:] += share * found.cost
+        del slopes, one  # before those of the next format
         clock.tick()
     for name, own in candidates.items():
         own.gain[0, chosen[name].exponents <= -task.limit] = -np.inf

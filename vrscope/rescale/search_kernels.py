@@ -204,7 +204,7 @@ def change(
                 part = _moved(weight, importance, factors, undo, error, i, place, grid, form)
             found += part
             squares += np.float64(part) * part
-        if turn == 0 and rows >= _ENOUGH:
+        if turn == 0 and rows >= _ENOUGH and squares > 0:
             count = (rows + _TURNS - 1) // _TURNS
             spread = max(squares / count - (found / count) ** 2, 0.0)
             if rows * (found / count - _SURE * np.sqrt(spread / count)) > 2 * bound:
