@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vrscope.arch.binding import Binding
 
 STAGE = "refining scales on the rounded model"
-PENALTY, STEP = 64.0, 2.0  # first tried, and from one to the next
+PENALTY, STEP = 64.0, 2**0.5  # first tried, and from one to the next
 LEAST, MOST = 8.0, 256.0
 HEAVIEST = 10.0  # times the mean: what a token counts at most
 WORSE = 1.02  # times the least, on the first window: not followed further
@@ -171,7 +171,7 @@ class _Clock:
 
     def __init__(self, task: Refinement, number: int, rounds: int) -> None:
         self._progress = task.progress
-        self._each = (2 + 1 + 4) * len(task.formats)
+        self._each = (2 + 1 + 7) * len(task.formats)
         self._done, self._total = number * self._each, rounds * self._each
         self._end = self._done + self._each
 
