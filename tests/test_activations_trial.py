@@ -129,3 +129,24 @@ def test_nothing_is_kept_of_one_window_or_unless_asked(tmp_path: Path) -> None:
     one = TextSample("made up", WINDOWS[:1], 40, (0, 0))
     assert calibrate(loaded, checkpoint, roles, one, keep=True).trial is None
     assert calibrate(loaded, checkpoint, roles, SAMPLE).trial is None
+
+
+def test_the_copy_of_the_weights_is_used_again_and_the_model_is_whole_after_an_error(tmp_path: Path) -> None:
+    trial = trial_of("llama", tmp_path)
+    parameters = dict(trial.loaded.model.named_parameters())
+    before = {name: (parameter.data_ptr(), parameter.clone()) for name, parameter in parameters.items()}
+    places = []
+    for _ in range(2):
+        with trial.rounded(rounding):
+            places.append([parameter.data_ptr() for parameter in parameters.values()])
+    assert places[0] == places[1] != [place for place, _ in before.values()]
+
+    def broken(name: str, values: torch.Tensor) -> torch.Tensor:
+        raise ValueError(name)
+
+    with pytest.raises(ValueError, match="proj"), trial.rounded(broken):
+        pass
+    assert all(
+        parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1])
+        for name, parameter in parameters.items()
+    )
