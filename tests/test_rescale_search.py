@@ -48,7 +48,7 @@ def test_damage_is_that_of_the_format(name: str) -> None:
 @pytest.mark.parametrize("columns", [192, 100, 40])
 @pytest.mark.parametrize("name", ["int4-g64", "nf4", "int8-row"])
 def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None:
-    from vrscope.rescale.search_kernels import change, move
+    from vrscope.rescale.search_kernels import change
 
     own = reader(2, columns=columns)
     work = _Work.of(own, [get_format(name)])
@@ -64,14 +64,14 @@ def test_one_step_costs_what_starting_over_says(name: str, columns: int) -> None
             trial.negative[column] = step == 0
             factor = np.float32((-1.0 if step == 0 else 1.0) * 2.0 ** -float(trial.exponents[column]))
             arguments = (own.weight, own.importance, factors, undo, format_, work.errors[0], work.spans[0])
-            told = change(*arguments, column, factor, np.inf)
+            told = change(*arguments, column, factor, np.inf, False)
             fresh = _Work.of(own, [get_format(name)])
             after = fresh.damage(trial, held_out=False)[0]
             assert told == pytest.approx(after - before, rel=1e-3, abs=1e-6 * before)
-            move(*arguments, column, factor)
+            change(*arguments, column, factor, np.inf, True)
             np.testing.assert_array_equal(work.errors[0], fresh.errors[0])
             np.testing.assert_array_equal(work.spans[0], fresh.spans[0])
-            move(*arguments, column, np.float32(2.0 ** -float(scales.exponents[column])))
+            change(*arguments, column, np.float32(2.0 ** -float(scales.exponents[column])), np.inf, True)
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0])
@@ -89,10 +89,10 @@ def test_a_step_is_given_up_early_only_where_it_is_above_the_bound(spread: float
     early = wrong = 0
     for column in range(64):
         for factor in np.array([0.5, 2.0, -1.0], np.float32):
-            full = change(*arguments, column, factor, np.inf)
-            assert change(*arguments, column, factor, full - 0.5 * before) > full - 0.5 * before
-            early += change(*arguments, column, factor, full - 0.02 * before) != full
-            wrong += change(*arguments, column, factor, full + 1e-3 * before) != full  # below the bound
+            full = change(*arguments, column, factor, np.inf, False)
+            assert change(*arguments, column, factor, full - 0.5 * before, False) > full - 0.5 * before
+            early += change(*arguments, column, factor, full - 0.02 * before, False) != full
+            wrong += change(*arguments, column, factor, full + 1e-3 * before, False) != full  # below the bound
     assert early > 50 and wrong < 8
     np.testing.assert_array_equal(factors, 1)
 

@@ -174,8 +174,9 @@ def change(
     column: int,
     factor: np.float32,
     bound: float,
+    keep: bool,
 ) -> float:
-    """Return by how much another factor of one column would change the damage.
+    """Return by how much another factor of one column would change the damage; with `keep`, only make the change.
 
     Parameters are those of `start`; `undo` is one over the factors, exactly. A change that every fourth row shows to be
     above `bound`, by more standard errors than chance makes, is not followed further: the estimate is returned.
@@ -197,11 +198,19 @@ def change(
             else:
                 low, high = min(low0, now), max(high0, now)
             grid = grid_of(low, high, form)
+            part = _ZERO
             if same_grid((low0, high0), (low, high), form):
                 e = weight[i, column] - rounded(now, grid, form) * undo[column]
-                part = importance[i, column] * (e * e - error[i, column] * error[i, column])
+                if keep:
+                    error[i, column] = e
+                else:
+                    part = importance[i, column] * (e * e - error[i, column] * error[i, column])
+            elif keep:
+                _unit(weight, importance, factors, undo, error, i, place, grid, form)
             else:
                 part = _moved(weight, importance, factors, undo, error, i, place, grid, form)
+            if keep:
+                spans[i, unit, 0], spans[i, unit, 1] = low, high
             found += part
             squares += np.float64(part) * part
         if turn == 0 and rows >= _ENOUGH and squares > 0:
@@ -210,43 +219,9 @@ def change(
             if rows * (found / count - _SURE * np.sqrt(spread / count)) > 2 * bound:
                 found *= rows / count
                 break
-    factors[column], undo[column] = old, undone
+    if not keep:
+        factors[column], undo[column] = old, undone
     return float(found / 2)
-
-
-@compiled
-def move(
-    weight: Singles,
-    importance: Singles,
-    factors: Singles,
-    undo: Singles,
-    format_: tuple[int, np.float32, int, Singles],
-    error: Singles,
-    spans: Singles,
-    column: int,
-    factor: np.float32,
-) -> None:
-    """Give one column another factor; parameters are those of `change`."""
-    kind, top, size, book = format_
-    form = form_of(kind, top, book)
-    unit = column // size
-    place = (unit * size, min(size, weight.shape[1] - unit * size))
-    old = factors[column]
-    factors[column], undo[column] = factor, _ONE / factor
-    for at in range(weight.shape[0]):
-        i = np.uint64(at)
-        was, now = weight[i, column] * old, weight[i, column] * factor
-        low0, high0 = spans[i, unit, 0], spans[i, unit, 1]
-        if was <= low0 or was >= high0:
-            low, high = _span(weight, i, place, factors)
-        else:
-            low, high = min(low0, now), max(high0, now)
-        grid = grid_of(low, high, form)
-        if same_grid((low0, high0), (low, high), form):
-            error[i, column] = weight[i, column] - rounded(now, grid, form) * undo[column]
-        else:
-            _unit(weight, importance, factors, undo, error, i, place, grid, form)
-        spans[i, unit, 0], spans[i, unit, 1] = low, high
 
 
 @compiled
@@ -305,7 +280,7 @@ def sweep(
                     last = f == kinds.size - 1 and number == own.size - 1
                     bound = (best - cost) / shares[f] if last and shares[f] > 0 else np.inf
                     cost += shares[f] * change(
-                        weight, importance, factors, undo, format_, errors[f], spans[f], column, factor, bound
+                        weight, importance, factors, undo, format_, errors[f], spans[f], column, factor, bound, False
                     )
             if cost < best:
                 best, step, chosen = cost, direction, factor
@@ -316,7 +291,9 @@ def sweep(
             for f in range(kinds.size):
                 format_ = (kinds[f], tops[f], sizes[f], books[f])
                 for column in own:
-                    move(weight, importance, factors, undo, format_, errors[f], spans[f], column, chosen)
+                    change(
+                        weight, importance, factors, undo, format_, errors[f], spans[f], column, chosen, np.inf, True
+                    )
                 for column in own:
                     factors[column], undo[column] = old, _ONE / old  # the next format starts from the same
             for column in own:
