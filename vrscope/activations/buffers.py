@@ -1,15 +1,25 @@
-"""Memory for something of every weight of a model."""
+"""Shapes and memory for something of every weight of a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vrscope.arch.roles import TensorRole
+from vrscope.checkpoint.source import Checkpoint
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def oriented_shapes(
+    checkpoint: Checkpoint, roles: Mapping[str, TensorRole], names: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of stored tensors seen as `(..., out, in)`, each name once."""
+    return {name: tuple(checkpoint.tensors[name].shape[k] for k in roles[name].order) for name in names}
 
 
 def zeros_together(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.activations.backward import add_products, run_backward
-from vrscope.activations.buffers import zeros_together
+from vrscope.activations.buffers import oriented_shapes, zeros_together
 from vrscope.activations.capture import Site, SiteMap, find_sites
 from vrscope.activations.losses import drawn, projected
 from vrscope.activations.profile import profile_activations
@@ -98,9 +98,7 @@ def calibrate(
     require_calibration_memory(checkpoint, loaded.device, sample.window, tried=keep)
     sites = find_sites(loaded, checkpoint, roles)
     quantized = [site for site in sites.sites if site.tensor not in sites.kept]
-    shapes = {
-        site.tensor: _blank(checkpoint, site.tensor).permute(roles[site.tensor].order).shape for site in quantized
-    }
+    shapes = oriented_shapes(checkpoint, roles, (site.tensor for site in quantized))
     parts = [_Sums.of(shapes) for _ in range(2 if len(sample.windows) > 1 else 1)]
     absmax = {name: np.zeros((*shape[:-2], shape[-1])) for name, shape in shapes.items()}
     generator = torch.Generator(device="cpu").manual_seed(SEED)
@@ -175,13 +173,6 @@ def _not_finite(name: str, where: str) -> str:
         f"{name}: expected finite outputs and gradients, found NaN or infinity at {where}. The model's activations "
         "overflow on this text; `vrscope analyze` says where that begins."
     )
-
-
-def _blank(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return a tensor of a stored one's shape that takes no memory."""
-    import torch
-
-    return torch.empty(checkpoint.tensors[name].shape, device="meta")
 
 
 def _one_window(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrscope.activations.backward import add_products, run_backward
-from vrscope.activations.buffers import zeros_together
+from vrscope.activations.buffers import oriented_shapes, zeros_together
 from vrscope.activations.capture import Site, SiteMap
 from vrscope.activations.losses import Loss, divergence, squared_error
 from vrscope.arch.roles import TensorRole
@@ -123,11 +123,8 @@ class Trial:
         ModelError
             If the output or a slope is not finite.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in {site.tensor: None for site in self.sites.sites if site.tensor not in self.sites.kept}:
-            stored = self.checkpoint.tensors[name].shape
-            shapes[name] = tuple(stored[k] for k in self.roles[name].order)
-        sums = zeros_together(shapes)
+        names = (site.tensor for site in self.sites.sites if site.tensor not in self.sites.kept)
+        sums = zeros_together(oriented_shapes(self.checkpoint, self.roles, names))
 
         def on_linear(used: tuple[Site, ...], inputs: Tensor, output: Tensor) -> None:
             add_products(sums, used, inputs, output, 1)
