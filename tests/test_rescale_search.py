@@ -187,3 +187,70 @@ def test_channels_that_no_text_reached_are_left_at_the_edge_of_the_others() -> N
     own.held_out[:, :5] = 0
     found = search([own], [(get_format("int4-g64"), 1.0)], COLUMNS, {}, limit=6)
     assert np.isfinite(list(found.after.values())).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "ids", "columns", "sets"),
+    [
+        (("int4-g64",), np.arange(192), 192, [64, 64, 64]),
+        (("int4-g64",), np.arange(100), 100, [64, 36]),  # the last unit is not full
+        (("int4-g64", "int4-g128"), np.arange(320), 320, [128, 128, 64]),
+        (("int4-g64", "int8-row"), np.arange(192), 192, [192]),
+        (("int4-g64",), np.arange(192) % 96, 192, [192]),  # the middle unit ties both others
+        (("nf4",), np.where(np.arange(192) < 64, -1, np.arange(192)), 192, [64, 64, 64]),
+    ],
+)
+def test_columns_that_share_no_unit_and_no_scale_are_apart(
+    names: tuple[str, ...], ids: np.ndarray, columns: int, sets: list[int]
+) -> None:
+    own = reader(14, ids, columns=columns)
+    entries = [get_format(name) for name in names]
+    work = _Work.of(own, entries)
+    found = work._independent()
+    assert [part.size for part in found] == sets
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(columns))
+    generator = np.random.default_rng(15)
+    size = int(ids.max()) + 1
+    scales = scales_of(generator.integers(-2, 3, size), generator.random(size) < 0.5)
+    parts = np.zeros(len(entries))
+    for chosen in found:
+        scaled, part = work._part(chosen)
+        parts += part.damage(scales_of(scales.exponents[scaled], scales.negative[scaled]), held_out=False)
+    np.testing.assert_allclose(parts, work.damage(scales, held_out=False), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pushes_find_lower_damage_than_the_descent_and_the_same_each_time(shared: bool) -> None:
+    ids = np.arange(COLUMNS) % 96 if shared else np.arange(COLUMNS)
+    size, formats = int(ids.max()) + 1, [(get_format("int4-g64"), 1.0)]
+    lower = 0
+    for seed in range(5):
+        own = reader(20 + seed, ids)
+        mean = _Work.of(own, [get_format("int4-g64")]).damage(_nothing(size), held_out=False)[0] / own.weight.size
+        plain = search([own], formats, size, {}, limit=3)
+        pushed = [search([own], formats, size, {}, limit=3, signed=True, mean=mean / 4) for _ in range(2)]
+        assert np.array_equal(pushed[0].exponents, pushed[1].exponents)
+        assert np.abs(pushed[0].exponents).max() <= 3
+        assert pushed[0].after["int4-g64"] == pytest.approx(true_damage(own, "int4-g64", pushed[0], True), rel=1e-4)
+        signed = search([own], formats, size, {}, limit=3, signed=True)
+        assert true_damage(own, "int4-g64", pushed[0]) <= true_damage(own, "int4-g64", signed) * (1 + 1e-6)
+        lower += true_damage(own, "int4-g64", pushed[0]) < 0.999 * true_damage(own, "int4-g64", plain)
+    assert lower >= 4
+
+
+def test_there_are_more_pushes_where_there_is_more_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vrscope.rescale import search as module
+
+    counted: list[int] = []
+    monkeypatch.setattr(module, "_pushed", lambda scales, *_: (counted.append(scales.exponents.size), scales)[1])
+    own = reader(30)
+    own.importance[:, :64] *= 4
+    entry = get_format("int4-g64")
+    mean = _Work.of(own, [entry]).damage(_nothing(COLUMNS), held_out=False)[0] / own.weight.size
+    for scale, least in ((1.0, 4), (1e9, 0), (1e-9, 3 * module.MOST_PUSHES)):
+        counted.clear()
+        search([own], [(entry, 1.0)], COLUMNS, {}, limit=6, mean=scale * mean)
+        assert len(counted) == least if scale != 1 else least <= len(counted) <= 3 * module.PUSHES
+    counted.clear()
+    search([own], [(entry, 1.0)], COLUMNS, {}, limit=6)
+    assert not counted
