@@ -98,23 +98,19 @@ def choose(situation: Situation, given: Mapping[str, Exponents]) -> Choice:
 
     def base(space: Space) -> NDArray[np.float64] | None:
         found = readers(space)
-        return np.append(base_damage(found, entries), sum(own.weight.size for own in found)) if found else None
+        return base_damage(found, entries) if found else None
 
     def look(space: Space) -> Found | None:
         starts = {name: values[space.name] for name, values in given.items() if space.name in values}
         own = readers(space)
         signed = may_turn(space, situation.binding, entries)
-        return search(own, formats, space.size, starts, limit, signed, mean) if own else None
+        return search(own, formats, space.size, starts, limit, signed) if own else None
 
     # The formats count alike: each by its share of its own damage in the whole model.
-    sums = np.sum([part for part in situation.executor.map(base, spaces) if part is not None], axis=0)
-    if not np.ndim(sums):
+    totals = np.sum([part for part in situation.executor.map(base, spaces) if part is not None], axis=0)
+    if not np.ndim(totals):
         return Choice({})
-    *totals, weights = sums
     formats = [(entry, 1 / total if total > 0 else 0.0) for entry, total in zip(entries, totals, strict=True)]
-    # By code books, pushes were measured to gain a third as much in twice the time.
-    pushed = any(entry.levels is not None and entry.levels.kind == "integer" for entry in entries)
-    mean = len(formats) / weights if pushed else 0.0  # damage of a weight
     results: dict[str, Found] = {}
     for number, (space, result) in enumerate(zip(spaces, situation.executor.map(look, spaces), strict=True), 1):
         situation.progress(STAGE, number, len(spaces), "spaces")

@@ -4,9 +4,7 @@ Damage is half of sum(importance * error^2) over all readers, for several format
 best of some given choices, goes over a grid of powers of the importance and of the size of the columns (as AWQ does,
 arXiv 2306.00978, with mean |x| alone), and descends from there over single scales: one step up, one down, or the other
 sign. A sign counts where the levels of a format are not the same on both sides of zero: neighbours that lean to one
-side need fewer of them. Where that ends depends on where it began, so some scales are then pushed a step off and it
-goes on from there, again and again, and what is best is kept: an iterated local search (Lourenco, Martin and Stuetzle
-2003). Which of these is taken, if any, is decided on text that was held out.
+side need fewer of them. Which of these is taken, if any, is decided on text that was held out.
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ from vrscope.rescale.readers import Reader, Singles
 
 GRID = tuple((a / 10, b) for b in (0.0, 0.5) for a in range(10))  # powers of importance and of size
 SWEEPS = 2
-PUSHES, MOST_PUSHES = 4.0, 40  # tried where a weight's damage is the mean, in proportion elsewhere; and at most
-PUSHED = 0.15  # of the scales at once
 THRESHOLD = 1e-7  # of the damage of the space: what one step must gain
 NONE, AWQ = "none", "awq"
 START, ON_GRID, DESCENT = "start", "grid", "search"
@@ -95,7 +91,6 @@ def search(
     given: Mapping[str, NDArray[np.float64]],
     limit: int,
     signed: bool = False,
-    mean: float = 0.0,
 ) -> Found:
     """Return the scales to give to a space.
 
@@ -113,9 +108,6 @@ def search(
         Largest magnitude of an exponent.
     signed
         Whether scales may be negative.
-    mean
-        Mean damage of a weight of the model as it is, all formats together: where a space has more, its scales are
-        pushed about more often to find better ones; 0 for not at all.
     """
     entries, shares = [entry for entry, _ in formats], np.array([share for _, share in formats])
     works = [_Work.of(reader, entries) for reader in readers]
@@ -140,7 +132,7 @@ def search(
         lower = Scales(best[2].exponents.copy(), best[2].negative.copy())
         bounds = limit, signed and not all(entry.odd for entry in entries)
         for work in works:
-            work.descend(lower, shares, bounds, THRESHOLD * cost(nothing), mean)
+            work.descend(lower, shares, bounds, THRESHOLD * cost(nothing))
         tried.append((best[0] if best[0] != NONE else AWQ, DESCENT, lower))
     chosen = min(tried, key=lambda entry: cost(entry[2], held_out=True))
     names = [entry.name for entry in entries]
@@ -150,13 +142,6 @@ def search(
 
 def _nothing(size: int) -> Scales:
     return Scales(np.zeros(size, np.int64), np.zeros(size, np.bool_))
-
-
-def _pushed(scales: Scales, generator: np.random.Generator, together: bool, limit: int) -> Scales:
-    """Return scales of which some, chosen by chance, are a step off: up, or `together` all up or all down."""
-    step = generator.choice([-1, 1]) if together else 1
-    moves = np.where(generator.random(scales.exponents.size) < PUSHED, step, 0)
-    return Scales(np.clip(scales.exponents + moves, -limit, limit), scales.negative.copy())
 
 
 def _whole(values: NDArray[np.float64], limit: int) -> Scales:
@@ -230,92 +215,36 @@ class _Work:
             found[f] = start(self.reader.weight, importance, factors, format_, self.errors[f], self.spans[f][:, :units])
         return found
 
-    def descend(
-        self, scales: Scales, shares: NDArray[np.float64], bounds: tuple[int, bool], threshold: float, mean: float = 0.0
-    ) -> None:
-        """Lower the damage by single moves, and by pushes from where these end, in place.
+    def descend(self, scales: Scales, shares: NDArray[np.float64], bounds: tuple[int, bool], threshold: float) -> None:
+        """Lower the damage by single moves, in place; a sweep that raises it after all is undone.
 
-        Columns that share neither a unit nor a scale with others are gone through by themselves: what is best for them
-        does not depend on the others, and they fit into the cache.
-
-        Parameters
-        ----------
-        scales
-            Changed.
-        shares
-            Weight of every format.
-        bounds
-            Largest magnitude of an exponent, and whether scales may be negative.
-        threshold
-            Smallest fall of the damage that counts.
-        mean
-            Mean damage of a weight, all formats together, which says how many pushes are worth while; 0 for none.
+        `bounds` are the largest magnitude of an exponent and whether scales may be negative.
         """
-        for columns in self._independent():
-            own, part = self._part(columns)
-            if not own.size:
-                continue
-            best = part._swept(Scales(scales.exponents[own], scales.negative[own]), shares, bounds, threshold)
-            if mean > 0:
-                generator = np.random.default_rng(int(columns[0]))
-                count = min(PUSHES * best[1] / (part.reader.weight.size * mean), MOST_PUSHES)
-                for number in range(round(count)):
-                    pushed = _pushed(best[0], generator, bool(number % 2), bounds[0])
-                    best = min(best, part._swept(pushed, shares, bounds, threshold), key=lambda found: found[1])
-            scales.exponents[own], scales.negative[own] = best[0]
-
-    def _independent(self) -> list[Longs]:
-        """Return the columns in sets, as many as can be, that share no unit of any format and no scale."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        ids = self.reader.ids
-        units = np.arange(ids.size) // min(int(np.lcm.reduce(self.formats[2])), ids.size)
-        used = ids >= 0
-        count = int(units[-1]) + 1
-        size = count + int(ids.max()) + 1
-        edges = coo_array((np.ones(int(used.sum())), (units[used], count + ids[used].astype(np.int64))), (size, size))
-        labels = connected_components(edges, directed=False)[1][units]
-        return [np.flatnonzero(labels == label) for label in np.unique(labels)]
-
-    def _part(self, columns: Longs) -> tuple[Longs, _Work]:
-        """Return which scales some columns read, and these columns alone, whose scales are numbered from 0."""
-        reader, (kinds, tops, sizes, books, shares) = self.reader, self.formats
-        own, ids = np.unique(reader.ids[columns], return_inverse=True)
-        first = int(np.count_nonzero(own < 0))
-        tables = (np.ascontiguousarray(table[:, columns]) for table in (reader.weight, reader.importance))
-        weight, importance = tables
-        part = Reader((ids - first).astype(np.int32), reader.power, weight, importance, importance)
-        sizes = np.minimum(sizes, columns.size)
-        room = np.empty((kinds.size, *weight.shape), np.float32)
-        spans = np.empty((kinds.size, weight.shape[0], -(-columns.size // int(sizes.min())), 2), np.float32)
-        return own[first:].astype(np.int64), _Work(part, (kinds, tops, sizes, books, shares), room, spans)
-
-    def _swept(
-        self, scales: Scales, shares: NDArray[np.float64], bounds: tuple[int, bool], threshold: float
-    ) -> tuple[Scales, float]:
-        """Return the scales after some sweeps, and what damage they leave; one that raises it after all is undone."""
         from vrscope.rescale.search_kernels import sweep
 
         reader = self.reader
         used = np.flatnonzero(reader.ids >= 0)
         columns = used[np.argsort(reader.ids[used], kind="stable")]
-        begins = np.unique(reader.ids[columns], return_index=True)[1]
+        own, begins = np.unique(reader.ids[columns], return_index=True)
         places = (columns, np.append(begins, columns.size), self._order(columns, begins))
-        formats = (*self.formats[:4], shares)
         current = float(shares @ self.damage(scales, held_out=False))
         for _ in range(SWEEPS):
-            after = Scales(scales.exponents.copy(), scales.negative.copy())
+            before = scales.exponents[own], scales.negative[own]
+            after = before[0].copy(), before[1].copy()
+            formats = (*self.formats[:4], shares)
             factors = scales.factors(reader.ids, reader.power)
             moved = sweep(
                 *(reader.weight, reader.importance, factors, formats, self.errors, self.spans),
                 *(places, *after, (reader.power, *bounds), threshold),
             )
-            reached = float(shares @ self.damage(after, held_out=False)) if moved else current
+            scales.exponents[own], scales.negative[own] = after
+            reached = float(shares @ self.damage(scales, held_out=False))
             if reached >= current:
+                scales.exponents[own], scales.negative[own] = before
                 break
-            scales, current = after, reached
-        return scales, current
+            current = reached
+            if not moved:
+                break
 
     def _order(self, columns: Longs, begins: Longs) -> Longs:
         """Return the scales, unit by unit, which stay in the cache, those of the most important columns first."""
