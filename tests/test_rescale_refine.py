@@ -97,7 +97,7 @@ def test_the_penalty_that_measures_best_is_found_and_no_move_is_made_if_none_hel
     if wanted is None:
         assert best is chosen
     else:
-        assert measured(best) < 0.55  # penalties go by factors of two
+        assert measured(best) <= 0.5  # one step of the penalty is half of a factor of two
 
 
 def test_penalties_at_which_nothing_moves_are_not_measured() -> None:
