@@ -162,6 +162,21 @@ def test_refinement_lowers_the_damage_on_text_it_has_not_seen(target: tuple[str,
     assert damage[1] < damage[0] if moved else damage[1] == damage[0]
 
 
+@pytest.mark.parametrize("case", ["llama", "bert"])
+def test_the_penalty_is_chosen_on_text_that_no_slope_of_the_round_is_from(case: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_tiny(case, tmp_path))
+    loaded = load_model(checkpoint, "cpu", "float32")
+    trial = calibrate(loaded, checkpoint, bind(checkpoint).roles, SAMPLE, keep=True).trial
+    assert trial is not None
+    texts = refining._texts(trial)
+    rounds = [tuple(map(list, texts(number))) for number in range(3)]
+    if case == "bert":
+        assert rounds == [([0, 2], [1, 3]), ([1, 3], [0, 1]), ([0, 2], [0, 1])]
+        return
+    assert rounds == [([0, 1, 2, 3, 6, 7, 8, 9], [4, 5]), ([10, 11, 12, 13], [4, 5]), ([14, 15, 16, 17], [4, 5])]
+    assert len(trial.outputs) == 18 and len({*WINDOWS, *trial.variants}) == 18
+
+
 def test_what_scales_leave_is_measured_as_far_as_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With outputs made up: what broken tokens count, and that the first window may be enough."""
     checkpoint = open_checkpoint(save_tiny("llama", tmp_path))

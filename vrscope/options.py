@@ -233,7 +233,7 @@ def method_options(command: Command) -> Command:
             click.option(
                 "--rounds",
                 type=click.IntRange(0, 16),
-                help="auto, awq: rounds of refinement on the rounded model; 0: none. Default: 2.",
+                help="auto, awq: rounds of refinement on the rounded model; 0: none. Default: 1.",
             ),
             click.option("--limit", type=click.IntRange(0, 30), help="Largest exponent of two. Default: 6."),
             click.option("--target-std", type=POSITIVE, help="tvr: standard deviation to reach. Default: 0.01."),

@@ -60,7 +60,7 @@ class Calibration:
     unseen
         Linear weights that no token reached, or that the running model does not use by themselves.
     trial
-        The model and what it said to the text, if it was to be kept and there are two windows at least.
+        The model and what it said to the text, if it was to be kept; for encoders, if there are two windows at least.
     """
 
     importance: Mapping[str, NDArray[np.float32]]
@@ -94,7 +94,7 @@ def calibrate(
     """
     import torch
 
-    keep = keep and len(sample.windows) > 1
+    keep = keep and (loaded.causal or len(sample.windows) > 1)
     require_calibration_memory(checkpoint, loaded.device, sample.window, tried=keep)
     sites = find_sites(loaded, checkpoint, roles)
     quantized = [site for site in sites.sites if site.tensor not in sites.kept]

@@ -19,6 +19,7 @@ from vrscope.activations.backward import add_products, run_backward
 from vrscope.activations.buffers import oriented_shapes, zeros_together
 from vrscope.activations.capture import Site, SiteMap
 from vrscope.activations.losses import Loss, divergence, squared_error
+from vrscope.activations.variants import varied
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
@@ -28,7 +29,7 @@ from vrscope.quant.spool import Spool
 from vrscope.quant.text import TextSample
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 _SERIAL = Serial()
 Rounding = Callable[[str, "Tensor"], "Tensor"]  # name and float32 values of a stored weight, to what they become
@@ -44,10 +45,10 @@ class Trial:
         The model, what it was made from, and the roles of what is stored.
     sites
         Where its linear weights are.
-    sample
-        The text.
+    sample, variants
+        The text, and the windows that `vary` made of it; numbers of windows run on from one to the other.
     outputs
-        Of the model as it is, one matrix per window of the text.
+        Of the model as it is, one matrix per window.
     copies
         Memory for weights that are rounded, by parameter; made when first needed, and kept.
     """
@@ -57,6 +58,7 @@ class Trial:
     roles: Mapping[str, TensorRole]
     sites: SiteMap
     sample: TextSample
+    variants: list[tuple[int, ...]] = field(default_factory=list)
     outputs: Spool = field(default_factory=Spool)
     copies: dict[int, Tensor] = field(default_factory=dict)
 
@@ -97,6 +99,18 @@ class Trial:
             self.copies[key] = torch.empty_like(values)
         return self.copies[key].copy_(values)
 
+    def vary(self, windows: Sequence[int], generator: Generator) -> range:
+        """Add a variant of each of some windows, as `varied` makes them, and return their numbers.
+
+        The model has to predict tokens, and to be as it is.
+        """
+        first = len(self.outputs)
+        for number in windows:
+            variant = varied(self._window(number), self.outputs.read(number), generator)
+            self.outputs.append(self.loaded.run(variant))
+            self.variants.append(variant)
+        return range(first, len(self.outputs))
+
     def losses(self, windows: Sequence[int]) -> NDArray[np.float64]:
         """Return the damage of the model as it is now at every token of some windows: see `Calibration`.
 
@@ -106,7 +120,7 @@ class Trial:
 
         found = []
         for number in windows:
-            output = self.loaded.run(self.sample.windows[number])
+            output = self.loaded.run(self._window(number))
             with torch.inference_mode():
                 found.append(self._loss(number)(output, None).double().cpu().numpy())
         losses = np.concatenate(found)
@@ -131,7 +145,7 @@ class Trial:
 
         tokens = 0
         for number in windows:
-            window = self.sample.windows[number]
+            window = self._window(number)
             if not np.isfinite(run_backward(self.loaded, self.sites, window, on_linear, self._loss(number))):
                 raise ModelError(self._not_finite("the output of the rounded model"))
             tokens += len(window)
@@ -141,6 +155,10 @@ class Trial:
             if not np.isfinite(found[name]).all():
                 raise ModelError(self._not_finite(name))
         return found
+
+    def _window(self, number: int) -> tuple[int, ...]:
+        given = self.sample.windows
+        return given[number] if number < len(given) else self.variants[number - len(given)]
 
     def _loss(self, number: int) -> Loss:
         """Return the loss against what the model as it is said to a window."""

@@ -78,7 +78,7 @@ class MethodOptions:
     allow_shrink: bool = False
     target: tuple[str, ...] = ("nf4", "int4-g64")
     alpha: float = 0.5
-    rounds: int = 2
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         norms, sizes = ("frobenius", "l1", "max"), ("tensor", "head", "channel")
