@@ -6,8 +6,8 @@ gain to first order is known from that (`look`), and what it costs by the import
 where gain > penalty * cost. How large the penalty has to be, so that moves which were not chosen together do not
 overshoot, is found by running the model on text that the slopes are not from; where no penalty helps, nothing moves.
 Nine tenths of what the slopes of a thousand tokens promise is noise, so they are from more than the text where the
-model can make more. The idea of choosing between roundings by their first-order effect is that of AdaRound (arXiv 2004.10568); here
-the choice is among exponents and signs that leave the unrounded function as it is.
+model can make more. The idea of choosing between roundings by their first-order effect is that of AdaRound (arXiv
+2004.10568); here the choice is among exponents and signs that leave the unrounded function as it is.
 """
 
 from __future__ import annotations
