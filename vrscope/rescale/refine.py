@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vrscope.arch.binding import Binding
 
 STAGE = "refining scales on the rounded model"
-PENALTY, STEP = 64.0, 2**0.5  # first tried, and from one to the next
+PENALTY, STEP = 2**5.5, 2**0.5  # first tried, and from one to the next
 LEAST, MOST = 8.0, 256.0
 SEED = 0  # of the variants of the text
 HEAVIEST = 10.0  # times the mean: what a token counts at most
@@ -113,17 +113,17 @@ def _texts(trial: Trial) -> Callable[[int], tuple[Sequence[int], Sequence[int]]]
     """Return which windows slopes are from, and which the penalty is chosen on, by the number of the round.
 
     Where tokens are predicted, slopes are from all of the text and a variant of each window, in later rounds from new
-    variants, and the penalty is chosen on variants of every second window that serve for nothing else. Otherwise every
-    second window gives slopes, and rounds take turns; the penalty is chosen on the rest in the first round, later on
-    every second pair, so as many from either half: those that slopes were taken from before have been adapted to, and
-    alone would make whatever undoes some of that look worse than it is.
+    variants, and the penalty is chosen on variants that serve for nothing else. Otherwise every second window gives
+    slopes, and rounds take turns; the penalty is chosen on the rest in the first round, later on every second pair, so
+    as many from either half: those that slopes were taken from before have been adapted to, and alone would make
+    whatever undoes some of that look worse than it is.
     """
     import torch
 
     own = range(len(trial.sample.windows))
     if trial.loaded.causal:
         generator = torch.Generator(device="cpu").manual_seed(SEED)
-        judged = trial.vary(own[::2], generator)
+        judged = trial.vary(own, generator)
         return lambda number: ([*(own if number == 0 else ()), *trial.vary(own, generator)], judged)
     halves, pairs = (own[::2], own[1::2]), [window for window in own if window % 4 < 2]
     return lambda number: (halves[number % 2], pairs if number else halves[1])
