@@ -12,6 +12,9 @@ import sys
 # operation then waits for the system to take the core from a spinning thread: runs take many times as long. Read when
 # torch is imported, which the commands do themselves.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# They look for work for some tenth of a millisecond before: in a pass through a model the next operation is that near,
+# and waking them takes a tenth of its time.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 # The same of the threads of numpy and scipy: 2^4 instead of 2^26 turns, before which some of them have no work at all.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 

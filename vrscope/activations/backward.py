@@ -51,14 +51,14 @@ def run_backward(
     try:
         with limits_named(loaded.name, len(window)), torch.enable_grad(), watching(sites, on_linear):
             if loaded.causal:
-                output = loaded.model(**arguments, use_cache=False).logits[0].float()
+                output = loaded.model(**arguments, use_cache=False).logits.float()
             else:
-                output = loaded.model(**arguments).last_hidden_state[0].float()
+                output = loaded.model(**arguments).last_hidden_state.float()
             gradient = torch.empty_like(output)
             with torch.no_grad():
-                found = float(loss(output, gradient).sum(dtype=torch.float64))
+                found = float(loss(output[0], gradient[0]).sum(dtype=torch.float64))
             if math.isfinite(found):
-                output.backward(gradient)
+                output.backward(gradient)  # from all of it: from a part, zeros as large would be made first
     finally:
         handle.remove()
     return found

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 
@@ -23,12 +21,9 @@ def oriented_shapes(
 
 
 def zeros_together(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Return float32 tensors of zeros that lie in one block of memory, and are freed when the last of them is.
-
-    For a block this large numpy asks the system for huge pages: a fault per 2 MB where there would be one per 4 kB.
-    """
+    """Return float32 tensors of zeros that lie in one block of memory, and are freed when the last of them is."""
     import torch
 
     sizes = [math.prod(shape) for shape in shapes.values()]
-    block = torch.from_numpy(np.zeros(sum(sizes), np.float32))
+    block = torch.zeros(sum(sizes))
     return {name: part.view(shapes[name]) for name, part in zip(shapes, torch.split(block, sizes), strict=True)}

@@ -26,7 +26,7 @@ from vrscope.arch.roles import TensorRole
 from vrscope.checkpoint.source import Checkpoint
 from vrscope.errors import ModelError
 from vrscope.progress import Progress, silent
-from vrscope.quant.loading import LoadedModel, load_model, release, resolve_device
+from vrscope.quant.loading import LoadedModel, fuse_attention, load_model, release, resolve_device
 from vrscope.quant.memory import require_calibration_memory
 from vrscope.quant.spool import Spool
 from vrscope.quant.text import TextSample
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE = 4  # one window in so many is held out
 SEED = 0  # of the labels that are drawn
+_PROBE = 64  # tokens on which attention in one step has to say the same
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,8 +137,12 @@ def calibrate_checkpoint(
     progress: Progress = silent,
     keep: bool = False,
 ) -> Calibration:
-    """Load a checkpoint's model, calibrate it as `calibrate` does, and let go of the model unless it is to be kept."""
+    """Load a checkpoint's model, calibrate it as `calibrate` does, and let go of the model unless it is to be kept.
+
+    Attention is computed in one step where that is possible.
+    """
     loaded = load_model(checkpoint, resolve_device(device), "float32", copies=1)
+    fuse_attention(loaded, sample.windows[0][:_PROBE])
     try:
         return calibrate(loaded, checkpoint, roles, sample, progress, keep)
     finally:

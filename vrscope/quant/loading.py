@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+_SAME = 1e-4  # relative difference of outputs of one model, computed in two ways in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +267,35 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str, *, copies: int =
     if not eps:
         remove_eps(model)
     return LoadedModel(checkpoint.name, model.eval().to(device), causal, device)
+
+
+def fuse_attention(loaded: LoadedModel, window: tuple[int, ...]) -> bool:
+    """Have a float32 model on the CPU compute attention in one step, and return whether it does.
+
+    That is faster and keeps no matrix of tokens by tokens, which a backward pass would need of every layer. It is for
+    what only has to be right to rounding: the order of the sums is another. Where the model cannot, or does not say the
+    same of `window` that way, such as where its scores pass through a function that the fused step does not know, it
+    stays as it was.
+
+    Raises
+    ------
+    ModelError
+        As `LoadedModel.run`.
+    """
+    model = loaded.model
+    before = model.config._attn_implementation
+    if loaded.device != "cpu":
+        return False
+    expected = loaded.run(window)
+    with quiet_transformers():
+        try:
+            model.set_attn_implementation("sdpa")
+            same = float((loaded.run(window) - expected).norm() / expected.norm()) < _SAME
+        except ValueError:  # it says that it cannot
+            same = False
+        if not same:
+            model.set_attn_implementation(before)
+    return same
 
 
 def remove_eps(model: Any) -> None:

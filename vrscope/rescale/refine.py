@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vrscope.arch.binding import Binding
 
 STAGE = "refining scales on the rounded model"
-PENALTY, STEP = 2**5.5, 2**0.5  # first tried, and from one to the next
+PENALTY, STEP = 32.0, 2.0  # first tried, and from one to the next
 LEAST, MOST = 8.0, 256.0
 SEED = 0  # of the variants of the text
 HEAVIEST = 10.0  # times the mean: what a token counts at most
@@ -223,9 +223,9 @@ def _best(candidates: Mapping[str, _Candidates], chosen: Chosen, measured: Calla
     """Return the scales that measure best, `chosen` itself if no moves help.
 
     Penalties from the usual one on are tried downwards as long as they help more; if it does not help, upwards until
-    one does.
+    one does. `chosen` is measured second: it mostly is the worse, which its first window may tell.
     """
-    best, least = chosen, measured(chosen)
+    best, least = chosen, float("inf")
 
     def made(penalty: float) -> Chosen:
         return {**chosen, **{name: own.made(chosen[name], penalty) for name, own in candidates.items()}}
@@ -237,7 +237,13 @@ def _best(candidates: Mapping[str, _Candidates], chosen: Chosen, measured: Calla
             best, least = trying, value
         return better
 
-    penalty = PENALTY
+    moves = not _same(trying := made(PENALTY), chosen)
+    if moves:
+        helps(trying)
+    helps(chosen)
+    penalty = PENALTY / STEP
+    if best is chosen and moves:
+        penalty = LEAST / STEP  # moves overshoot: fewer of them
     while penalty >= LEAST and (_same(trying := made(penalty), chosen) or helps(trying)):
         penalty /= STEP
     penalty = PENALTY * STEP
