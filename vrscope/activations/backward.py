@@ -20,6 +20,7 @@ def run_backward(
     window: tuple[int, ...],
     on_linear: OnLinear,
     loss: Loss,
+    memory: Tensor | None = None,
 ) -> float:
     """Run one window both ways and return its loss; if that is not finite, nothing is run backwards.
 
@@ -33,6 +34,9 @@ def run_backward(
         As in `watching`; a hook registered on the output gets its gradient `(tokens, out)`.
     loss
         Of the output.
+    memory
+        Where its gradient by the output is written, float32 and of the shape of the output; what `loss` compares with
+        may lie there.
 
     Raises
     ------
@@ -54,7 +58,7 @@ def run_backward(
                 output = loaded.model(**arguments, use_cache=False).logits.float()
             else:
                 output = loaded.model(**arguments).last_hidden_state.float()
-            gradient = torch.empty_like(output)
+            gradient = torch.empty_like(output) if memory is None else memory[None]
             with torch.no_grad():
                 found = float(loss(output[0], gradient[0]).sum(dtype=torch.float64))
             if math.isfinite(found):

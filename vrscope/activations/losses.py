@@ -17,7 +17,8 @@ _CHUNK_ELEMENTS = 1 << 21
 
 Loss = Callable[["Tensor", "Tensor | None"], "Tensor"]
 """From a float32 output, `(tokens, vocabulary)` or `(tokens, hidden)`, to what every token loses, `(tokens,)`; if a
-second tensor of the shape of the output is given, it is filled with the gradient of the sum."""
+second tensor of the shape of the output is given, it is filled with the gradient of the sum; it may be the one that the
+loss compares with, which then is lost."""
 
 
 def drawn(generator: Generator) -> Loss:

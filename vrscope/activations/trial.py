@@ -35,6 +35,10 @@ _SERIAL = Serial()
 Rounding = Callable[[str, "Tensor"], "Tensor"]  # name and float32 values of a stored weight, to what they become
 
 
+def _nobody() -> None:
+    """Take no notice."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:
     """A model, the text it was calibrated on, and what it said to that.
@@ -46,7 +50,7 @@ class Trial:
     sites
         Where its linear weights are.
     sample, variants
-        The text, and the windows that `vary` made of it; numbers of windows run on from one to the other.
+        The text, and the windows that were added; numbers of windows run on from one to the other.
     outputs
         Of the model as it is, one matrix per window.
     copies
@@ -99,17 +103,31 @@ class Trial:
             self.copies[key] = torch.empty_like(values)
         return self.copies[key].copy_(values)
 
-    def vary(self, windows: Sequence[int], generator: Generator) -> range:
-        """Add a variant of each of some windows, as `varied` makes them, and return their numbers.
+    def draw(self, windows: Sequence[int], generator: Generator) -> list[tuple[int, ...]]:
+        """Return a variant of each of some windows, as `varied` makes them; the model has to predict tokens."""
+        return [varied(self._window(number), self.outputs.read(number), generator) for number in windows]
 
-        The model has to predict tokens, and to be as it is.
+    def add(self, variants: Sequence[tuple[int, ...]], told: Callable[[], None] = _nobody) -> list[int]:
+        """Add windows, with what the model says to them as it is now, and return their numbers; `told` after each.
+
+        Those to which it says infinity, or nothing that is a number, are left out; minus infinity rules a token out.
         """
-        first = len(self.outputs)
-        for number in windows:
-            variant = varied(self._window(number), self.outputs.read(number), generator)
-            self.outputs.append(self.loaded.run(variant))
-            self.variants.append(variant)
-        return range(first, len(self.outputs))
+        import torch
+
+        numbers = []
+        for variant in variants:
+            output = self.loaded.run(variant)
+            if float(output.sum(dtype=torch.float64)) < float("inf"):
+                numbers.append(len(self.outputs))
+                self.outputs.append(output)
+                self.variants.append(variant)
+            told()
+        return numbers
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Forget what the model said to some windows, whose numbers are not used any more."""
+        for number in numbers:
+            self.outputs.drop(number)
 
     def losses(self, windows: Sequence[int]) -> NDArray[np.float64]:
         """Return the damage of the model as it is now at every token of some windows: see `Calibration`.
@@ -122,15 +140,16 @@ class Trial:
         for number in windows:
             output = self.loaded.run(self._window(number))
             with torch.inference_mode():
-                found.append(self._loss(number)(output, None).double().cpu().numpy())
+                reference = self.outputs.read(number).to(self.loaded.device)
+                found.append(self._loss(reference)(output, None).double().cpu().numpy())
         losses = np.concatenate(found)
         losses[np.isnan(losses)] = np.inf
         return losses
 
-    def slopes(self, windows: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    def slopes(self, windows: Sequence[int], told: Callable[[], None] = _nobody) -> dict[str, NDArray[np.float32]]:
         """Return the first derivative of the damage on some windows by every linear weight, as the weights are now.
 
-        By tensor, oriented as `Calibration.importance`.
+        By tensor, oriented as `Calibration.importance`; `told` after each window.
 
         Raises
         ------
@@ -143,12 +162,17 @@ class Trial:
         def on_linear(used: tuple[Site, ...], inputs: Tensor, output: Tensor) -> None:
             add_products(sums, used, inputs, output, 1)
 
-        tokens = 0
+        tokens, memory = 0, None
         for number in windows:
             window = self._window(number)
-            if not np.isfinite(run_backward(self.loaded, self.sites, window, on_linear, self._loss(number))):
+            memory = self.outputs.read(number, memory)
+            reference = memory.to(self.loaded.device)
+            if not np.isfinite(
+                run_backward(self.loaded, self.sites, window, on_linear, self._loss(reference), reference)
+            ):
                 raise ModelError(self._not_finite("the output of the rounded model"))
             tokens += len(window)
+            told()
         found: dict[str, NDArray[np.float32]] = {}
         for name, total in sums.items():
             found[name] = total.div_(tokens).numpy()
@@ -160,9 +184,8 @@ class Trial:
         given = self.sample.windows
         return given[number] if number < len(given) else self.variants[number - len(given)]
 
-    def _loss(self, number: int) -> Loss:
-        """Return the loss against what the model as it is said to a window."""
-        reference = self.outputs.read(number).to(self.loaded.device)
+    def _loss(self, reference: Tensor) -> Loss:
+        """Return the loss against what the model as it is said."""
         return (divergence if self.loaded.causal else squared_error)(reference)
 
     def _not_finite(self, where: str) -> str:

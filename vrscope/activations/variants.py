@@ -35,7 +35,7 @@ def varied(window: tuple[int, ...], logits: Tensor, generator: Generator) -> tup
 
     tokens = torch.tensor(window)
     chances, numbers = torch.rand((2, len(window) - 1), generator=generator)
-    for rows in torch.nonzero(chances < SHARE)[:, 0].split(_ROWS):
+    for rows in torch.split(torch.nonzero(chances < SHARE)[:, 0], _ROWS):
         predicted = torch.softmax(logits[rows].float().cpu(), dim=-1)
         tokens[rows + 1] = draw(predicted, numbers[rows, None])[:, 0]
     return tuple(tokens.tolist())

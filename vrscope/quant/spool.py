@@ -22,11 +22,14 @@ class Spool:
         Plain positioned reads and writes: a full disk is then an error, where a memory map would end the process.
     shapes, starts
         Of each matrix, its shape and first byte.
+    free
+        First bytes of matrices that were dropped, by their size in bytes.
     """
 
     file: IO[bytes] = field(default_factory=lambda: tempfile.TemporaryFile(prefix="vrscope-"))  # noqa: SIM115
     shapes: list[tuple[int, int]] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
+    free: dict[int, list[int]] = field(default_factory=dict)
 
     def __enter__(self) -> Spool:
         return self
@@ -38,7 +41,7 @@ class Spool:
         return len(self.shapes)
 
     def append(self, matrix: Tensor) -> None:
-        """Write a float32 matrix of any device at the end.
+        """Write a float32 matrix of any device, in the place of a dropped one of its size or at the end.
 
         Raises
         ------
@@ -47,7 +50,8 @@ class Spool:
         """
         rows, columns = matrix.shape
         try:
-            start = self.file.seek(0, 2)
+            places = self.free.get(4 * rows * columns)
+            start = self.file.seek(places.pop()) if places else self.file.seek(0, 2)
             self.file.write(matrix.detach().cpu().contiguous().numpy().data)
             self.file.flush()
         except OSError as error:
@@ -59,11 +63,17 @@ class Spool:
         self.shapes.append((rows, columns))
         self.starts.append(start)
 
-    def read(self, index: int) -> Tensor:
-        """Return matrix number `index`, float32, in memory."""
+    def drop(self, index: int) -> None:
+        """Let the place of matrix number `index`, which is not read any more, be used again; numbers stay."""
+        rows, columns = self.shapes[index]
+        self.free.setdefault(4 * rows * columns, []).append(self.starts[index])
+
+    def read(self, index: int, into: Tensor | None = None) -> Tensor:
+        """Return matrix number `index`, float32, in memory: that of a contiguous `into`, if it has the same shape."""
         import torch
 
-        matrix = torch.empty(self.shapes[index], dtype=torch.float32)
+        fits = into is not None and into.shape == self.shapes[index]
+        matrix = into if into is not None and fits else torch.empty(self.shapes[index], dtype=torch.float32)
         self.file.seek(self.starts[index])
         view = matrix.numpy().data.cast("B")
         if self.file.readinto(view) != len(view):  # type: ignore[attr-defined]

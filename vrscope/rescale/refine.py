@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +44,7 @@ LEAST, MOST = 8.0, 256.0
 SEED = 0  # of the variants of the text
 HEAVIEST = 10.0  # times the mean: what a token counts at most
 WORSE = 1.02  # times the least, on the first window: not followed further
+BOTH_WAYS, MOST_TRIALS = 3, 5  # passes that one both ways takes as long as, and trials of one round at most
 _DIRECTIONS = (-1, 1, 0)  # of the exponent; 0 is the other sign
 
 Chosen = Mapping[str, Scales]
@@ -86,31 +88,34 @@ def refine(task: Refinement, chosen: Chosen, rounds: int) -> Chosen:
     chosen
         Scales to start from, by the name of the space; a space that is missing has none.
     rounds
-        At most so many; none after two in a row in which nothing helps.
+        At most so many; none after two in a row in which nothing helps, or where the model says nothing to variants.
     """
     trial = task.calibration.trial
     assert trial is not None
-    texts = _texts(trial)
-    damage, idle = _Damage(task), 0
+    clock = _Clock(task, rounds)
+    texts, damage, idle = _Texts(trial, clock.tick), _Damage(task), 0
     try:
         for number in range(rounds):
-            clock = _Clock(task, number, rounds)
-            shown, judged = texts(number)
+            clock.begin(number)
+            if not (shown := texts.shown(number)):
+                break
             candidates = _look(task, chosen, trial, shown, clock)
+            if not (judged := texts.judged(number)):
+                break
             damage.begin(judged, clock)
             found = _best(candidates, chosen, damage)
-            clock.finish()
             idle = idle + 1 if found is chosen else 0
             if idle == 2:
                 break
             chosen = found
     finally:
         trial.copies.clear()
+    clock.begin(rounds)
     return chosen
 
 
-def _texts(trial: Trial) -> Callable[[int], tuple[Sequence[int], Sequence[int]]]:
-    """Return which windows slopes are from, and which the penalty is chosen on, by the number of the round.
+class _Texts:
+    """Which windows slopes are from, and which the penalty is chosen on, by the number of the round.
 
     Where tokens are predicted, slopes are from all of the text and a variant of each window, in later rounds from new
     variants, and the penalty is chosen on variants that serve for nothing else. Otherwise every second window gives
@@ -118,15 +123,32 @@ def _texts(trial: Trial) -> Callable[[int], tuple[Sequence[int], Sequence[int]]]
     as many from either half: those that slopes were taken from before have been adapted to, and alone would make
     whatever undoes some of that look worse than it is.
     """
-    import torch
 
-    own = range(len(trial.sample.windows))
-    if trial.loaded.causal:
-        generator = torch.Generator(device="cpu").manual_seed(SEED)
-        judged = trial.vary(own, generator)
-        return lambda number: ([*(own if number == 0 else ()), *trial.vary(own, generator)], judged)
-    halves, pairs = (own[::2], own[1::2]), [window for window in own if window % 4 < 2]
-    return lambda number: (halves[number % 2], pairs if number else halves[1])
+    def __init__(self, trial: Trial, told: Callable[[], None]) -> None:
+        import torch
+
+        self._trial, self._told = trial, told
+        self._own: Sequence[int] = range(len(trial.sample.windows))
+        self._made: Sequence[int] = ()
+        self._judged: Sequence[int] | None = None
+        self._generator = torch.Generator(device="cpu").manual_seed(SEED)
+        self._kept = trial.draw(self._own, self._generator) if trial.loaded.causal else []
+
+    def shown(self, number: int) -> Sequence[int]:
+        """Return the windows for the slopes of a round."""
+        if not self._trial.loaded.causal:
+            return self._own[number % 2 :: 2]
+        self._made = self._trial.add(self._trial.draw(self._own, self._generator), self._told)
+        return [*(self._own if number == 0 else ()), *self._made]
+
+    def judged(self, number: int) -> Sequence[int]:
+        """Return the windows for the penalty of a round, whose slopes are known by now."""
+        if not self._trial.loaded.causal:
+            return [window for window in self._own if window % 4 < 2] if number else self._own[1::2]
+        self._trial.drop(self._made)
+        if self._judged is None:
+            self._judged = self._trial.add(self._kept, self._told)
+        return self._judged
 
 
 class _Damage:
@@ -158,14 +180,13 @@ class _Damage:
             with trial.rounded(_rounding(task, entry, scales), task.executor) if missing else nullcontext():
                 for window in missing:
                     known[name, window] = trial.losses([window])
+                    self._clock.tick()
                     if window == self._windows[0] and number == len(task.formats) and self._least < np.inf:
                         foretold = value + share * self._mean(name, known, self._windows[:1]) * self._growth
                         if foretold > WORSE * self._least:
-                            self._clock.tick()
                             return float("inf")
             whole = self._mean(name, known, self._windows)
             value += share * whole
-            self._clock.tick()
         if value < self._least:
             first = self._mean(name, known, self._windows[:1])
             self._least, self._growth = value, whole / first if first else 1.0
@@ -185,22 +206,29 @@ class _Damage:
 
 
 class _Clock:
-    """Tells of the steps of one round, as many as it can take at most."""
+    """Tells of the passes through the model, as many as there can be at most; a pass both ways counts as three."""
 
-    def __init__(self, task: Refinement, number: int, rounds: int) -> None:
+    def __init__(self, task: Refinement, rounds: int) -> None:
+        trial = task.calibration.trial
+        assert trial is not None
+        windows, formats = len(trial.sample.windows), len(task.formats)
+        judged = windows if trial.loaded.causal else windows // 2
+        shown, added = (2 * windows, windows) if trial.loaded.causal else (windows - judged, 0)
         self._progress = task.progress
-        self._each = (2 + 1 + 7) * len(task.formats)
-        self._done, self._total = number * self._each, rounds * self._each
-        self._end = self._done + self._each
+        self._each = added + formats * (BOTH_WAYS * shown + MOST_TRIALS * judged)
+        self._first, self._total = added, added + rounds * self._each  # the first round adds those to choose on, too
+        self._done, self._end = 0, self._total
 
-    def tick(self) -> None:
-        """Tell of one more step."""
-        self._done = min(self._done + 1, self._end)
-        self._progress(STAGE, self._done, self._total, "steps")
+    def begin(self, number: int) -> None:
+        """Tell that a round begins, which is known to be the end of the one before."""
+        self._done = self._first + number * self._each if number else 0
+        self._end = self._first + (number + 1) * self._each
+        self._progress(STAGE, self._done, self._total, "passes")
 
-    def finish(self) -> None:
-        """Tell that the round is over."""
-        self._progress(STAGE, self._end, self._total, "steps")
+    def tick(self, passes: int = 1) -> None:
+        """Tell of one more pass, or several."""
+        self._done = min(self._done + passes, self._end, self._total)
+        self._progress(STAGE, self._done, self._total, "passes")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -269,8 +297,7 @@ def _look(
     signed = {space.name for space in task.spaces if may_turn(space, task.binding, entries)}
     for entry, share in task.formats:
         with trial.rounded(_rounding(task, entry, chosen), task.executor):
-            slopes = trial.slopes(windows)
-        clock.tick()
+            slopes = trial.slopes(windows, partial(clock.tick, BOTH_WAYS))
 
         def one(space: Space, entry: Format = entry, slopes: Mapping[str, NDArray[np.float32]] = slopes) -> _Candidates:
             found = _Candidates(np.zeros((3, space.size)), np.zeros((3, space.size)))
@@ -283,7 +310,6 @@ def _look(
             own.gain[:] += share * found.gain
             own.cost[:] += share * found.cost
         del slopes, one  # before those of the next format
-        clock.tick()
     for name, own in candidates.items():
         own.gain[0, chosen[name].exponents <= -task.limit] = -np.inf
         own.gain[1, chosen[name].exponents >= task.limit] = -np.inf
