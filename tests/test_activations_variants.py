@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 from tiny_models import save_tiny
@@ -44,18 +45,45 @@ def test_variants_go_on_from_the_windows_of_the_text_and_are_the_same_every_time
         "made up", tuple(tuple((7 * i + 3 * w) % 90 + 3 for i in range(40)) for w in range(3)), 40, (0, 0)
     )
 
+    told: list[int] = []
+
     def made() -> tuple[tuple[int, ...], ...]:
         trial = calibrate(loaded, checkpoint, bind(checkpoint).roles, sample, keep=True).trial
         assert trial is not None
         generator = torch.Generator().manual_seed(0)
-        assert (trial.vary([0, 2], generator), trial.vary([1], generator)) == (range(3, 5), range(5, 6))
+        assert trial.add(trial.draw([0, 2], generator)) == [3, 4]
+        assert trial.add(trial.draw([1], generator), lambda: told.append(1)) == [5]
         for number, window in enumerate((*sample.windows, *trial.variants)):
             assert torch.equal(trial.outputs.read(number), loaded.run(window))
         assert trial.losses([3, 5]).max() < 1e-6
         return tuple(trial.variants)
 
     first = made()
-    assert first == made()
+    assert first == made() and told == [1, 1]
     for variant, number in zip(first, (0, 2, 1), strict=True):
         own = sample.windows[number]
         assert len(variant) == len(own) and variant[0] == own[0] and 8 < sum(map(int.__ne__, variant, own)) < 32
+
+
+@pytest.mark.parametrize(("value", "kept"), [(float("nan"), False), (float("inf"), False), (-float("inf"), True)])
+def test_variants_to_which_a_model_says_nothing_are_left_out(
+    value: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(save_tiny("llama", tmp_path))
+    loaded = load_model(checkpoint, "cpu", "float32")
+    sample = TextSample("made up", (tuple(range(3, 43)),), 40, (0, 0))
+    trial = calibrate(loaded, checkpoint, bind(checkpoint).roles, sample, keep=True).trial
+    assert trial is not None
+    drawn, run = trial.draw([0, 0, 0], torch.Generator().manual_seed(0)), type(loaded).run
+
+    def broken(self: object, window: tuple[int, ...]) -> torch.Tensor:
+        output = run(loaded, window).clone()
+        output[5, 7] = value if window == drawn[1] else output[5, 7]
+        return output
+
+    monkeypatch.setattr(type(loaded), "run", broken)
+    assert trial.add(drawn) == ([1, 2, 3] if kept else [1, 2])
+    assert trial.variants == (drawn if kept else [drawn[0], drawn[2]])
+    assert torch.equal(trial.outputs.read(2), broken(loaded, trial.variants[1]))
+    trial.drop([1])
+    assert trial.add(drawn[:1]) == [4 if kept else 3]  # numbers are not used again

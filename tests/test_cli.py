@@ -120,11 +120,21 @@ def test_help_comes_at_once() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, "passive"), ("active", "active")])
-def test_idle_threads_sleep_unless_told_otherwise_before_torch_is_loaded(own: str | None, expected: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
-    code = "import os, sys, vrscope.__main__; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        ("OMP_WAIT_POLICY", None, "passive"),
+        ("OMP_WAIT_POLICY", "active", "active"),
+        ("GOMP_SPINCOUNT", None, "20000"),
+        ("GOMP_SPINCOUNT", "7", "7"),
+    ],
+)
+def test_idle_threads_sleep_soon_unless_told_otherwise_before_torch_is_loaded(
+    name: str, own: str | None, expected: str
+) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    environment |= {} if own is None else {name: own}
+    code = f"import os, sys, vrscope.__main__; print(os.environ[{name!r}], 'torch' in sys.modules)"
     done = process("--version", code=code, env=environment)
     assert done.stdout.split()[:2] == [expected, "False"]
 

@@ -16,7 +16,14 @@ from tiny_models import MODELS, save_tiny
 from vrscope.checkpoint.source import Checkpoint, open_checkpoint
 from vrscope.errors import ModelError
 from vrscope.quant import memory
-from vrscope.quant.loading import is_causal, load_model, load_tokenizer, quiet_transformers, resolve_device
+from vrscope.quant.loading import (
+    fuse_attention,
+    is_causal,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_device,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,39 @@ def refused(checkpoint: Checkpoint, words: str) -> None:
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 NOT_TEXT_TO_TEXT = {"vit": "reads pixel_values", "deit": "reads pixel_values", "t5": "encoder-decoder"}
 NOT_TEXT_TO_TEXT |= dict.fromkeys(("mt5", "umt5", "whisper"), "encoder-decoder")
+
+
+NOT_FUSED = ("gemma2", "vaultgemma", "gpt_oss", "granite_swa", "mamba2")  # soft caps, sinks, or no attention
+
+
+@pytest.mark.parametrize("case", [case for case in MODELS if not case.startswith(tuple(NOT_TEXT_TO_TEXT))])
+def test_attention_in_one_step_says_the_same_or_is_left_out(case: str, tmp_path: Path) -> None:
+    loaded = load_model(open_checkpoint(save_tiny(case, tmp_path)), "cpu", "float32")
+    window = tuple((7 * i) % 90 + 3 for i in range(40))
+    before = loaded.run(window)
+    assert fuse_attention(loaded, window[:24]) == (case not in NOT_FUSED)
+    after = loaded.run(window)
+    if case in NOT_FUSED:
+        assert torch.equal(before, after)
+    assert (before - after).norm() < 1e-5 * before.norm()
+
+
+def test_attention_in_one_step_that_says_something_else_is_not_used(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def other(module: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        return fused(module, 1.01 * query, *arguments, **named)
+
+    loaded, window = load_model(llama, "cpu", "float32"), tuple(range(3, 43))
+    before = loaded.run(window)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", other)
+    assert not fuse_attention(loaded, window) and torch.equal(loaded.run(window), before)
+    monkeypatch.undo()
+    assert fuse_attention(loaded, window) and not torch.equal(loaded.run(window), before)
 
 
 @pytest.mark.parametrize("case", MODELS)

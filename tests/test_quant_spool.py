@@ -27,6 +27,23 @@ def test_matrices_come_back_in_any_order_and_bit_for_bit() -> None:
         assert torch.equal(spool.read(4), matrices[0]) and torch.equal(spool.read(1), matrices[1])
 
 
+def test_places_and_memory_are_used_again() -> None:
+    matrices = [torch.randn(3, 5) for _ in range(5)] + [torch.randn(5, 3), torch.randn(2, 5)]
+    with Spool() as spool:
+        for matrix in matrices[:3]:
+            spool.append(matrix)
+        spool.drop(1)
+        spool.append(matrices[6])  # of another size
+        spool.append(matrices[5])  # of the same size
+        spool.append(matrices[3])
+        assert os.fstat(spool.file.fileno()).st_size == 4 * (4 * 15 + 10)
+        for index, matrix in ((0, 0), (2, 2), (3, 6), (4, 5), (5, 3)):
+            assert torch.equal(spool.read(index), matrices[matrix])
+        memory = spool.read(0)
+        assert spool.read(2, memory) is memory and torch.equal(memory, matrices[2])
+        assert torch.equal(spool.read(4, memory), matrices[5]) and torch.equal(memory, matrices[2])  # of another shape
+
+
 def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with Spool() as spool:

@@ -1,7 +1,8 @@
 """Models and tokenizers of checkpoints, through transformers: no code from a checkpoint is ever run.
 
 Models run in evaluation mode with "eager" attention and experts: plain products and softmax, the same operations in
-the same order whatever the values, so that two checkpoints that differ by exact powers of two give equal bits.
+the same order whatever the values, so that two checkpoints that differ by exact powers of two give equal bits. Only
+calibration, which compares a model with itself, takes attention in one step: see `fuse_attention`.
 """
 
 from __future__ import annotations
