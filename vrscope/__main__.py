@@ -24,12 +24,12 @@ _TRIM, _MMAP = -1, -3  # what glibc's malloc.h calls M_TRIM_THRESHOLD and M_MMAP
 
 
 def keep_freed_memory() -> None:
-    """Have small blocks of memory reused when they are freed, rather than returned to the system and asked for again.
+    """Have blocks of memory reused when they are freed, rather than returned to the system and asked for again.
 
-    Each return costs a page fault per 4 kB, thousands a second in the loops over blocks, and more than a tenth of a
-    pass through a model; in a virtual machine that gives free memory back, several times as much. At most an eighth of
-    the machine's memory stays with the process. Other C libraries have no such limits, and what the user chose by
-    environment variables stays.
+    Each return costs a page fault per 4 kB, thousands a second in the loops over blocks, and many in every pass
+    through a model; in a virtual machine that gives free memory back to its host they cost several times as much. An
+    eighth of the machine's memory stays, but no less than 128 MB and no more than 2 GB. Other C libraries have no such
+    limits, and what the user chose by environment variables stays.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return

@@ -85,10 +85,9 @@ def add_products(
     wanted = [site for site in used if site.tensor in sums]
     if not wanted or not inputs.shape[0] or not output.requires_grad:
         return
-    entered = inputs.detach()
+    rows = _raised(inputs.detach(), power)
 
     def add(gradient: Tensor) -> None:
-        rows = _raised(entered, power)  # now: before, squares of the inputs of all layers would be held at once
         for site in wanted:
             slopes, total = _raised(gradient[:, site.outputs], power).T, sums[site.tensor][site.index][site.rows]
             if total.device == rows.device:
